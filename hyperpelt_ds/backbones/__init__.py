@@ -1,0 +1,5 @@
+"""Frozen transformers models that take generated weights: the only place that touches transformers' modules."""
+
+from hyperpelt_ds.backbones.base import Backbone, load_backbone, random_model
+
+__all__ = ["Backbone", "load_backbone", "random_model"]

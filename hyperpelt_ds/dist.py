@@ -1,0 +1,67 @@
+"""Rank, world size and agreement between ranks. Works the same with no process group at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+
+def rank() -> int:
+    """This process's rank: from the process group, else from the launcher's environment, else 0."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def device() -> torch.device:
+    """The accelerator of this rank, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank. Pickles; for small host-side values only."""
+    if not torch_dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums `tensor` over ranks, in place; returns it."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def agree(name: str, value: Any) -> None:
+    """Raises RuntimeError on every rank if the ranks do not hold the same JSON-able `value`."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    digests = gather(digest)
+    if len(set(digests)) > 1:
+        different = [r for r, other in enumerate(digests) if other != digests[0]]
+        raise RuntimeError(f"ranks {different} disagree with rank 0 about {name}; rank {rank()} has {value!r:.500}")
+
+
+def logger(name: str) -> logging.Logger:
+    """A logger that speaks on rank 0 and stays silent below warnings elsewhere."""
+    log = logging.getLogger(name)
+    log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    return log

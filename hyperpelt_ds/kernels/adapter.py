@@ -1,0 +1,39 @@
+"""Parallel adapters of a mixed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+class SiteAdapter(NamedTuple):
+    """One branch's adapters at one site, with the condition of each sample in `rows` (B,), -1 for none."""
+
+    down: Tensor  # (C, D, R)
+    down_bias: Tensor  # (C, R)
+    up: Tensor  # (C, R, D)
+    up_bias: Tensor  # (C, D)
+    scale: Tensor  # ()
+    rows: Tensor  # (B,) int64
+
+
+def adapter(x: Tensor, residual: Tensor, adapters: Sequence[SiteAdapter], activation: str) -> Tensor:
+    """residual + sum over branches of scale * (act(x down + down_bias) up + up_bias).
+
+    x, residual (B, T, D) -> (B, T, D). A sample whose row is -1 in a branch gets nothing from that branch.
+    Paper section 4 (adapter beside the feed-forward block); the activation is one of ACTIVATIONS.
+    """
+    act = ACTIVATIONS[activation]
+    for part in adapters:
+        # One weight set a sample, never one a token; a sample without a condition reads row 0 and is scaled by 0.
+        rows = part.rows.clamp(min=0)
+        gain = (part.scale * (part.rows >= 0)).to(x.dtype).view(-1, 1, 1)
+        hidden = act(torch.baddbmm(part.down_bias[rows].unsqueeze(1), x, part.down[rows]))
+        residual = residual + gain * torch.baddbmm(part.up_bias[rows].unsqueeze(1), hidden, part.up[rows])
+    return residual

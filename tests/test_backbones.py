@@ -1,0 +1,305 @@
+"""The seam to transformers, held by every family alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import KINDS, VOCABULARY, pick, tensors, tiny_batch, tiny_hypernet, tiny_model
+from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel
+from transformers.masking_utils import eager_mask
+
+from hyperpelt_ds.backbones import Backbone, load_backbone
+from hyperpelt_ds.backbones.base import family_of
+from hyperpelt_ds.config import ModelConfig
+from hyperpelt_ds.contracts import Branch, Weights
+
+pytestmark = pytest.mark.parametrize("kind", KINDS)
+
+
+def detach(weights: Weights) -> Weights:
+    def leaves(part):
+        return None if part is None else type(part)(*(t.detach().clone().requires_grad_() for t in part))
+
+    branches = tuple(b._replace(prefix=leaves(b.prefix), adapter=leaves(b.adapter)) for b in weights.branches)
+    return Weights(branches, weights.norms.detach().clone().requires_grad_())
+
+
+def run(backbone: Backbone, weights: Weights | None, batch) -> torch.Tensor:
+    return backbone.forward(weights, batch.input_ids, batch.attention_mask, batch.labels)
+
+
+def test_without_weights_it_is_the_plain_model(kind):
+    model = tiny_model(kind)
+    batch = tiny_batch(model)
+    expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+    assert torch.allclose(run(Backbone(model, None), None, batch), expected, atol=1e-5)
+
+
+def test_all_zero_adapters_and_own_norms_change_nothing_at_all(kind):
+    backbone = Backbone(tiny_model(kind), None)
+    batch = tiny_batch(backbone.model)
+    network = tiny_hypernet(backbone, modules=("adapter",))
+    for branch in (network.task_branch, network.image_branch):
+        torch.nn.init.zeros_(branch.adapter.linear.weight)
+    assert torch.equal(run(backbone, network(batch), batch), run(backbone, None, batch))
+
+
+def _explicit(weights: Weights, sites: dict[int, int]):
+    """Attention as the paper writes it: softmax(q [P; K]^T) [P; V], sample by sample, in float64."""
+
+    def attention(module, query, key, value, attention_mask, scaling=None, position_bias=None, **_):
+        site, rows = sites[id(module)], []
+        for i in range(query.shape[0]):
+            scores = query[i].double() @ key[i].double().mT * (1.0 if scaling is None else scaling)
+            if position_bias is not None:
+                scores = scores + position_bias[i if len(position_bias) > 1 else 0].double()
+            if attention_mask is not None:
+                scores = scores + attention_mask[i if len(attention_mask) > 1 else 0].double()
+            values = value[i].double()
+            for branch in weights.branches:
+                if branch.rows[i] < 0:
+                    continue
+                heads, size = query.shape[1], query.shape[3]
+                keys = branch.prefix.keys[site, branch.rows[i]].double().view(-1, heads, size).transpose(0, 1)
+                added = branch.prefix.values[site, branch.rows[i]].double().view(-1, heads, size).transpose(0, 1)
+                scale = 1.0 if scaling is None else scaling
+                scores = torch.cat([query[i].double() @ keys.mT * scale, scores], dim=-1)
+                values = torch.cat([added, values], dim=1)
+            rows.append(scores.softmax(-1) @ values)
+        return torch.stack(rows).transpose(1, 2).to(query.dtype), None
+
+    return attention
+
+
+def test_prefixes_equal_explicit_concatenation_sample_by_sample(kind):
+    backbone, plain = Backbone(tiny_model(kind), None), tiny_model(kind)
+    batch = tiny_batch(plain)
+    weights = tiny_hypernet(backbone, modules=("prefix",), train_norms=False)(batch)
+    family = family_of(plain.config.model_type, kind)
+    sites = {id(module): number for number, (_, module) in enumerate(family.attentions(plain))}
+    AttentionInterface.register("explicit", _explicit(weights, sites))
+    AttentionMaskInterface.register("explicit", eager_mask)
+    plain.set_attn_implementation("explicit")
+    expected = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+    actual = run(backbone, weights, batch)
+    assert torch.allclose(actual, expected, atol=1e-4)
+    assert not torch.allclose(actual, run(backbone, None, batch), atol=1e-2)
+
+
+def test_adapters_equal_the_formula_beside_every_feed_forward_block(kind):
+    backbone, plain = Backbone(tiny_model(kind), None), tiny_model(kind)
+    batch = tiny_batch(plain)
+    weights = tiny_hypernet(backbone, modules=("adapter",), train_norms=False)(batch)
+    for number, (_, first, last) in enumerate(family_of(plain.config.model_type, kind).ffns(plain)):
+        seen = []
+
+        def before(module, args, seen=seen):
+            seen.append(args[0])
+
+        def after(module, args, output, number=number, seen=seen):
+            x, added = seen.pop(), torch.zeros_like(output)
+            for branch in weights.branches:
+                for i, row in enumerate(branch.rows.tolist()):
+                    if row >= 0:
+                        down, down_bias, up, up_bias, scale = (part[number] for part in branch.adapter)
+                        hidden = torch.relu(x[i] @ down[row] + down_bias[row])
+                        added[i] += scale * (hidden @ up[row] + up_bias[row])
+            return output + added
+
+        first.register_forward_pre_hook(before)
+        last.register_forward_hook(after)
+    with torch.no_grad():
+        expected = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+        actual = run(backbone, weights, batch)
+    assert torch.allclose(actual, expected, atol=1e-4)
+    assert not torch.allclose(actual, run(backbone, None, batch), atol=1e-2)
+
+
+def test_norms_of_the_bank_replace_the_models_own(kind):
+    backbone, plain = Backbone(tiny_model(kind), None), tiny_model(kind)
+    batch = tiny_batch(plain)
+    values = backbone.initial_norms + 0.3 * torch.randn_like(backbone.initial_norms)
+    places = [
+        (module, name)
+        for module in family_of(plain.config.model_type, kind).norms(plain)
+        for name in ("weight", "bias")
+        if getattr(module, name, None) is not None
+    ]
+    assert len(places) == backbone.geometry.norms
+    with torch.no_grad():
+        for (module, name), value in zip(places, values, strict=True):
+            getattr(module, name).copy_(value)
+    expected = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+    assert torch.allclose(run(backbone, Weights((), values), batch), expected, atol=1e-5)
+
+
+def test_a_mixed_padded_batch_equals_its_samples_one_by_one(kind):
+    backbone = Backbone(tiny_model(kind), None)
+    batch, network = tiny_batch(backbone.model), None
+    network = tiny_hypernet(backbone)
+    together = run(backbone, network(batch), batch)
+    for row in range(len(batch.samples)):
+        alone = pick(batch, row)
+        weights = network(alone)
+        if alone.image_rows[0] < 0:  # without its branch, not only with a masked one
+            weights = weights._replace(branches=weights.branches[:1])
+        expected = run(backbone, weights, alone)[0]
+        assert torch.allclose(together[row, : len(expected)], expected, atol=1e-4)
+
+
+def test_no_position_sees_its_future_and_unpadded_batches_are_causal_too(kind):
+    backbone = Backbone(tiny_model(kind), None)
+    batch = tiny_batch(backbone.model)
+    batch = batch._replace(labels=batch.labels.clamp(min=3), attention_mask=torch.ones_like(batch.attention_mask))
+    weights = tiny_hypernet(backbone)(batch)
+    changed = batch.labels.clone()
+    changed[:, 3:] = (changed[:, 3:] + 5 - 3) % (VOCABULARY - 3) + 3
+    before, after = run(backbone, weights, batch), run(backbone, weights, batch._replace(labels=changed))
+    assert torch.allclose(before[:, :4], after[:, :4], atol=1e-6)  # logits at 3 predict the first changed label
+    assert not torch.allclose(before[:, 4:], after[:, 4:], atol=1e-3)
+
+
+def test_gradients_reach_every_row_of_every_prefix_and_every_adapter(kind):
+    backbone = Backbone(tiny_model(kind), None)
+    batch = tiny_batch(backbone.model)
+    weights = detach(tiny_hypernet(backbone)(batch))
+    run(backbone, weights, batch).logsumexp(-1).sum().backward()
+    for branch in weights.branches:
+        assert (branch.prefix.values.grad.abs().sum(-1) > 0).all()  # (S, C, P)
+        assert (branch.prefix.keys.grad.abs().sum(-1) > 0).all()
+        for name, tensor in branch.adapter._asdict().items():
+            assert (tensor.grad.view(len(tensor), -1).abs().sum(1) > 0).all(), name  # at every site
+    assert (weights.norms.grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_cached_generation_equals_recomputing_every_prefix_of_the_output(kind, beams):
+    backbone = Backbone(tiny_model(kind), None)
+    batch = tiny_batch(backbone.model)
+    weights = tiny_hypernet(backbone)(batch)
+    cached = backbone.generate(weights, batch.input_ids, batch.attention_mask, 6, beams)
+    backbone.model.generation_config.use_cache = False
+    uncached = backbone.model.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=6,
+        num_beams=beams,
+        do_sample=False,
+        use_cache=False,
+    )
+    assert torch.equal(cached, uncached)
+    if beams == 1:  # and greedy search is what teacher forcing predicts
+        for row in range(4):
+            tokens = cached[row, 1:]
+            labels = tokens.unsqueeze(0).expand(4, -1).contiguous()
+            logits = backbone.forward(weights, batch.input_ids, batch.attention_mask, labels)[row]
+            end = next((i for i, t in enumerate(tokens) if t == backbone.model.config.eos_token_id), len(tokens) - 1)
+            assert torch.equal(logits.argmax(-1)[: end + 1], tokens[: end + 1])
+
+
+def test_beam_search_gives_each_sample_the_weights_of_its_own_condition(kind):
+    backbone = Backbone(tiny_model(kind), None)
+    batch = tiny_batch(backbone.model)
+    network = tiny_hypernet(backbone)
+    together = backbone.generate(network(batch), batch.input_ids, batch.attention_mask, 6, 3)
+    for row in range(4):
+        alone = pick(batch, row)
+        one = backbone.generate(network(alone), alone.input_ids, alone.attention_mask, 6, 3)[0]
+        special = {backbone.model.config.pad_token_id, backbone.model.config.eos_token_id}
+        assert [t for t in together[row].tolist() if t not in special] == [t for t in one.tolist() if t not in special]
+
+
+def test_activation_checkpointing_changes_no_gradient(kind):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(kind)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone = Backbone(model, None)
+        backbone.train()
+        batch = tiny_batch(model)
+        network = tiny_hypernet(backbone)
+        run(backbone, network(batch), batch).logsumexp(-1).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0, name
+        assert (gradient - gradients[1][name]).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_the_frozen_model_is_unchanged_by_training_steps(kind):
+    backbone = Backbone(tiny_model(kind), None)
+    batch = tiny_batch(backbone.model)
+    network = tiny_hypernet(backbone)
+    before = backbone.fingerprint()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        run(backbone, network(batch), batch).logsumexp(-1).mean().backward()
+        optimizer.step()
+    assert backbone.fingerprint() == before
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert not torch.equal(network.norms.values, backbone.initial_norms)
+
+
+def test_bfloat16_stays_near_float32(kind):
+    backbone = Backbone(tiny_model(kind), None)
+    batch = tiny_batch(backbone.model)
+    weights = tiny_hypernet(backbone)(batch)
+    expected = run(backbone, weights, batch)
+    half = Backbone(tiny_model(kind).to(torch.bfloat16), None)
+    actual = run(half, weights, batch)
+    assert actual.dtype == torch.bfloat16
+    assert (actual.float() - expected).norm() < 0.1 * expected.norm()  # bf16 keeps 8 bits; errors add over 2+2 layers
+
+
+def test_dropout_is_the_models_own_unless_set(kind, tmp_path):
+    model = tiny_model(kind, dropout=0.5)
+    model.save_pretrained(tmp_path)
+    _save_tokenizer(tmp_path)
+    batch = tiny_batch(model)
+    for dropout, changes in ((None, True), (0.0, False), (0.2, True)):
+        backbone = load_backbone(ModelConfig(backbone=str(tmp_path), dropout=dropout))
+        backbone.train()
+        same = torch.equal(run(backbone, None, batch), run(backbone, None, batch))
+        assert same != changes
+        backbone.train(False)
+        assert torch.equal(run(backbone, None, batch), run(backbone, None, batch))
+
+
+def _save_tokenizer(folder) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w1", eos_token="w2").save_pretrained(folder)
+
+
+def test_two_backbones_in_one_process_do_not_share_weights(kind):
+    one, two = Backbone(tiny_model(kind), None), Backbone(tiny_model(kind), None)
+    batch = tiny_batch(one.model)
+    expected = run(two, None, batch)
+    run(one, tiny_hypernet(one)(batch), batch)
+    two_again = two.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+    assert torch.equal(two_again, expected)
+
+
+def test_an_unsupported_model_type_lists_what_is_supported(kind, tmp_path):
+    BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match=r"model.backbone: .*'bert'; supported are bart, marian, mt5, t5"):
+        load_backbone(ModelConfig(backbone=str(tmp_path)))
+    with pytest.raises(ValueError, match="cannot load '.*nowhere'"):
+        load_backbone(ModelConfig(backbone=str(tmp_path / "nowhere")))
+
+
+def test_generated_tensors_are_all_used(kind):
+    backbone = Backbone(tiny_model(kind), None)
+    batch = tiny_batch(backbone.model)
+    weights = tiny_hypernet(backbone)(batch)
+    for tensor in tensors(weights):
+        tensor.retain_grad()
+    run(backbone, weights, batch).logsumexp(-1).sum().backward()
+    assert all(tensor.grad.abs().sum() > 0 for tensor in tensors(weights))
+    assert isinstance(weights.branches[0], Branch)

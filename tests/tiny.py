@@ -1,0 +1,117 @@
+"""Tiny real models and batches for tests: random weights, real transformers classes, no files."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from hyperpelt_ds.backbones import Backbone
+from hyperpelt_ds.config import HypernetConfig
+from hyperpelt_ds.contracts import Batch, Sample, Weights
+from hyperpelt_ds.hypernet import HyperNetwork
+
+VOCABULARY, CELLS, CHANNELS = 50, 5, 7
+KINDS = ("bart", "marian", "t5", "t5v1.1", "mt5")
+
+
+def tiny_model(kind: str, dropout: float = 0.0, **extra: object) -> transformers.PreTrainedModel:
+    """Two layers a stack, weights large enough that every part of the model matters to the output."""
+    torch.manual_seed(0)
+    if "t5" in kind:
+        classes = (
+            (transformers.MT5Config, transformers.MT5ForConditionalGeneration)
+            if kind == "mt5"
+            else (transformers.T5Config, transformers.T5ForConditionalGeneration)
+        )
+        settings = dict(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=6,  # heads x head size is 12, not d_model
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=dropout,
+            feed_forward_proj="relu" if kind == "t5" else "gated-gelu",
+            tie_word_embeddings=kind == "t5",
+            decoder_start_token_id=0,
+        )
+    else:
+        name = {"bart": "Bart", "marian": "Marian"}[kind]
+        model_class = "MarianMTModel" if kind == "marian" else f"{name}ForConditionalGeneration"
+        classes = (getattr(transformers, f"{name}Config"), getattr(transformers, model_class))
+        settings = dict(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=64,
+            dropout=dropout,
+            attention_dropout=dropout,
+            pad_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
+            init_std=0.3,
+        )
+    return classes[1](classes[0](**{**settings, **extra})).eval()
+
+
+def tiny_batch(model: transformers.PreTrainedModel, seed: int = 1) -> Batch:
+    """Four samples, two tasks, two images (one sample without), ragged sources and targets, sorted by condition."""
+    generator = torch.Generator().manual_seed(seed)
+    pad = model.config.pad_token_id
+    input_ids = torch.randint(3, VOCABULARY, (4, 7), generator=generator)
+    mask = torch.ones_like(input_ids)
+    labels = torch.randint(3, VOCABULARY, (4, 5), generator=generator)
+    for row, (source, target) in enumerate([(7, 5), (4, 3), (6, 5), (2, 1)]):
+        input_ids[row, source:], mask[row, source:], labels[row, target:] = pad, 0, -100
+    names, images = ("a", "a", "b", "b"), (None, "x", "x", "y")
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=mask,
+        labels=labels,
+        tasks=torch.tensor([0, 2]),
+        task_rows=torch.tensor([0, 0, 1, 1]),
+        images=torch.randn(2, CELLS, CHANNELS, generator=generator),
+        image_rows=torch.tensor([-1, 0, 0, 1]),
+        loss_weights=torch.full((4,), 0.25),
+        samples=tuple(Sample(str(i), n, "", "", image=p) for i, (n, p) in enumerate(zip(names, images, strict=True))),
+    )
+
+
+def tiny_hypernet(backbone: Backbone, tasks: int = 3, **settings: object) -> HyperNetwork:
+    """A hypernetwork whose every output is large enough to matter, the zero-initialised ones included."""
+    torch.manual_seed(2)
+    config = HypernetConfig(**{"prefix_length": 3, "bottleneck": 4, "head_std": 0.2, **settings})
+    network = HyperNetwork(config, backbone.geometry, tasks, backbone.initial_norms, CELLS, CHANNELS)
+    for branch in (network.task_branch, network.image_branch):
+        if branch is not None and branch.adapter is not None:
+            torch.nn.init.normal_(branch.adapter.linear.weight, std=0.1)
+    return network
+
+
+def pick(batch: Batch, row: int) -> Batch:
+    """One sample of a batch, alone, without padding and with only the conditions it uses."""
+    source, target = int(batch.attention_mask[row].sum()), int((batch.labels[row] != -100).sum())
+    image = int(batch.image_rows[row]) if batch.image_rows is not None else -1
+    return batch._replace(
+        input_ids=batch.input_ids[row : row + 1, :source],
+        attention_mask=batch.attention_mask[row : row + 1, :source],
+        labels=batch.labels[row : row + 1, :target],
+        tasks=batch.tasks[batch.task_rows[row]].view(1),
+        task_rows=torch.zeros(1, dtype=torch.long),
+        images=batch.images[image].unsqueeze(0) if image >= 0 else torch.zeros(1, CELLS, CHANNELS),
+        image_rows=torch.tensor([0 if image >= 0 else -1]),
+        loss_weights=batch.loss_weights[row : row + 1],
+        samples=batch.samples[row : row + 1],
+    )
+
+
+def tensors(weights: Weights) -> list[torch.Tensor]:
+    """Every generated tensor of `weights`, the norms included."""
+    parts = [part for branch in weights.branches for part in (branch.prefix, branch.adapter) if part is not None]
+    return [tensor for part in parts for tensor in part] + ([] if weights.norms is None else [weights.norms])
