@@ -9,9 +9,10 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
+MARKS ?= (slow or browser or multinode) and not gpu
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-all check clean
+.PHONY: venv demo test test-slow test-all check clean
 
 venv: .venv/installed
 
@@ -21,17 +22,19 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
 	touch $@
 
-data/demo/manifest.json: .venv/installed
-	$(BIN)/python data_prep/demo.py --out data/demo
-
 demo: .venv/installed
-	$(BIN)/python launch/demo.py
+	$(BIN)/python data_prep/demo.py --out data/demo
+	$(BIN)/deepspeed --num_accelerators 2 launch/train.py --recipe demo --ds_config ds_configs/zero2_cpu.json --run_dir runs/demo --resume
+	$(BIN)/deepspeed --num_accelerators 2 launch/evaluate.py --run_dir runs/demo
 
 test: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-test-all: .venv/installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu'
+test-slow: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "$(MARKS)"
+
+test-all: test
+	$(MAKE) test-slow
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -1,0 +1,134 @@
+"""Samples to a Batch: tokens, padding, and every task and image of the batch named once.
+
+The tokenizer is any fast tokenizer of Hugging Face, handed in. This file must not know shards, order or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.contracts import Batch, Sample
+
+IGNORED = -100  # the label that a loss leaves out
+
+
+class Collator:
+    """Makes batches for one run. `tasks` in order: a task's place is its row in the task embedding table.
+
+    With `cells` and `channels` None the run has no visual branch, and the samples' images are left out.
+    `truncated` counts the sources cut at `max_source_length` tokens since this object was made (in this process).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tasks: Sequence[str],
+        max_source_length: int,
+        max_target_length: int,
+        cells: int | None,
+        channels: int | None,
+    ) -> None:
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token")
+        self.tokenizer = tokenizer
+        self.rows = {task: row for row, task in enumerate(tasks)}
+        self.max_source_length = max_source_length
+        self.max_target_length = max_target_length
+        self.grid = None if cells is None or channels is None else (cells, channels)
+        self.truncated = 0
+
+    def __call__(
+        self, samples: Sequence[Sample], features: Mapping[str, np.ndarray], loss_weights: Sequence[float]
+    ) -> Batch:
+        """One micro-batch. features: image id -> (V, F); loss_weights: one a sample.
+
+        Raises ValueError naming the sample for a task that the run does not have and a target of more than
+        `max_target_length` tokens, and naming the image for missing features or features of another shape.
+        """
+        for sample in samples:
+            if sample.task not in self.rows:
+                raise ValueError(f"sample {sample.key!r}: task {sample.task!r} is not one of {', '.join(self.rows)}")
+        order = sorted(range(len(samples)), key=lambda i: (self.rows[samples[i].task], samples[i].image or ""))
+        samples = [samples[i] for i in order]
+        sources, targets = self._sources(samples), self.targets(samples)
+        tasks, task_rows = _distinct([self.rows[sample.task] for sample in samples])
+        images, image_rows = self._images(samples, features) if self.grid else (None, None)
+        return Batch(
+            input_ids=_padded(sources, self.tokenizer.pad_token_id),
+            attention_mask=_padded([[1] * len(tokens) for tokens in sources], 0),
+            labels=_padded(targets, IGNORED),
+            tasks=torch.tensor(tasks),
+            task_rows=torch.tensor(task_rows),
+            images=images,
+            image_rows=image_rows,
+            loss_weights=torch.tensor([loss_weights[i] for i in order], dtype=torch.float32),
+            samples=tuple(samples),
+        )
+
+    def _sources(self, samples: Sequence[Sample]) -> list[list[int]]:
+        encoded = self.tokenizer([s.source for s in samples], truncation=True, max_length=self.max_source_length)
+        # only a source that fills the limit can have been cut; the rest that was cut off tells
+        self.truncated += sum(
+            len(tokens) == self.max_source_length and bool(encoding.overflowing)
+            for tokens, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True)
+        )
+        return encoded["input_ids"]
+
+    def targets(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Token ids of the samples' targets; raises ValueError naming a sample whose target is too long."""
+        targets = self.tokenizer(text_target=[sample.target for sample in samples])["input_ids"]
+        for sample, tokens in zip(samples, targets, strict=True):
+            if len(tokens) > self.max_target_length:
+                raise ValueError(
+                    f"sample {sample.key!r} of task {sample.task!r}: its target has {len(tokens)} tokens, "
+                    f"data.max_target_length is {self.max_target_length}"
+                )
+        return targets
+
+    def _images(self, samples: Sequence[Sample], features: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+        names, rows = _distinct([sample.image for sample in samples if sample.image is not None])
+        for name in names:
+            if name not in features:
+                user = next(sample for sample in samples if sample.image == name)
+                raise ValueError(f"sample {user.key!r} of task {user.task!r}: no features for its image {name!r}")
+            if features[name].shape != self.grid:
+                raise ValueError(f"image {name!r}: features of shape {features[name].shape}, expected {self.grid}")
+        assert self.grid is not None
+        grids = [features[name] for name in names] or [np.zeros(self.grid, dtype=np.float32)]
+        found = iter(rows)
+        image_rows = [-1 if sample.image is None else next(found) for sample in samples]
+        return torch.from_numpy(np.stack(grids)).float(), torch.tensor(image_rows)
+
+
+def collator_for(config: Config, tasks: Sequence[str], tokenizer: Any) -> Collator:
+    """The collator of a run: lengths from `config.data`; images only if `config.vision` names an encoder."""
+    vision = config.vision if config.vision.encoder else None
+    return Collator(
+        tokenizer,
+        tasks,
+        config.data.max_source_length,
+        config.data.max_target_length,
+        vision.cells if vision else None,
+        vision.channels if vision else None,
+    )
+
+
+def _distinct(items: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The distinct items in order of first appearance, and each item's place among them."""
+    places: dict[Any, int] = {}
+    rows = [places.setdefault(item, len(places)) for item in items]
+    return list(places), rows
+
+
+def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+    """(B, T) int64, T the longest row, filled with `padding` on the right."""
+    table = np.full((len(rows), max(map(len, rows))), padding, dtype=np.int64)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return torch.from_numpy(table)

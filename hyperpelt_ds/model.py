@@ -1,0 +1,223 @@
+"""HyperPELT: a hypernetwork and the frozen backbone that it adapts.
+
+It knows no files but a finished run's folder (`load`), and nothing of optimisation or of other processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hyperpelt_ds import config as configs
+from hyperpelt_ds.backbones import Backbone, load_backbone
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.contracts import Batch, Branch, Sample, Weights
+from hyperpelt_ds.data.collate import Collator
+from hyperpelt_ds.hypernet import HyperNetwork
+from hyperpelt_ds.vision import VisionEncoder, load_encoder
+
+
+class Output(NamedTuple):
+    """loss: the weighted sum over samples, with gradient. sample_losses (B,): mean over target tokens, without."""
+
+    loss: Tensor
+    sample_losses: Tensor
+
+
+class HyperPELT(nn.Module):
+    """What the engine trains: only the hypernetwork is registered, the backbone is held beside it.
+
+    `tasks` in order give each task its row in the embedding table.
+    """
+
+    def __init__(self, config: Config, backbone: Backbone, tasks: Sequence[str]):
+        super().__init__()
+        cells, channels = (config.vision.cells, config.vision.channels) if config.vision.encoder else (None, None)
+        self.hypernet = HyperNetwork(
+            config.hypernet, backbone.geometry, len(tasks), backbone.initial_norms, cells, channels
+        )
+        self.tasks = tuple(tasks)
+        self.label_smoothing = config.train.label_smoothing
+        self.backbone = backbone  # no nn.Module, so registration does not see its parameters
+
+    def train(self, mode: bool = True) -> HyperPELT:
+        super().train(mode)
+        self.backbone.train(mode)
+        return self
+
+    def to_device(self, device: torch.device) -> HyperPELT:
+        """Moves the trainables and the backbone."""
+        self.backbone.to(device)
+        return self.to(device)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Trainable parameters, and all: the backbone's (its norms counted once) and the hypernetwork's."""
+        frozen = sum(parameter.numel() for parameter in self.backbone.model.parameters())
+        norms = self.backbone.initial_norms.numel()
+        trainable = sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters())  # ZeRO-3 empties p itself
+        replaced = norms if self.hypernet.norms is not None else 0
+        return {"trainable": trainable, "total": frozen + norms - replaced + trainable}
+
+    def forward(self, batch: Batch) -> Output:
+        """The loss of a batch: sum over samples of loss_weights x mean cross-entropy of the sample's target."""
+        weights: Weights = self.hypernet(batch)
+        used, idle = _split(weights, batch)
+        logits = self.backbone.forward(used, batch.input_ids, batch.attention_mask, batch.labels)
+        token_losses = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            batch.labels.flatten(),
+            ignore_index=-100,
+            reduction="none",
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+        ).view_as(batch.labels)
+        losses = token_losses.sum(1) / (batch.labels != -100).sum(1).clamp(min=1)
+        loss = (losses * batch.loss_weights).sum()
+        for branch in idle:
+            loss = loss + 0.0 * _total(branch)  # every trainable takes part in every step on every rank
+        return Output(loss, losses.detach())
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int, num_beams: int = 1) -> Tensor:
+        """Token ids (B, at most 1 + max_new_tokens); the hypernetwork runs exactly once, whatever is decoded."""
+        used, _ = _split(self.hypernet(batch), batch)
+        return self.backbone.generate(used, batch.input_ids, batch.attention_mask, max_new_tokens, num_beams)
+
+
+def _split(weights: Weights, batch: Batch) -> tuple[Weights, tuple[Branch, ...]]:
+    """The weights that some sample uses, and the branches that none does.
+
+    Told from the host side of the batch, so that no device has to be waited for.
+    """
+    count = len(weights.branches) if any(sample.image is not None for sample in batch.samples) else 1
+    return weights._replace(branches=weights.branches[:count]), weights.branches[count:]
+
+
+def _total(branch: Branch) -> Tensor:
+    tensors = [tensor for module in (branch.prefix, branch.adapter) if module is not None for tensor in module]
+    return torch.stack([tensor.sum() for tensor in tensors]).sum()
+
+
+def build(config: Config, tasks: Sequence[str]) -> HyperPELT:
+    """The model of a configuration, with the hypernetwork drawn from train.seed; the caller's RNG is untouched."""
+    backbone = load_backbone(config.model, config.hypernet.activation)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.train.seed)
+        return HyperPELT(config, backbone, tasks)
+
+
+class Predictor:
+    """A trained run, ready to generate."""
+
+    def __init__(self, config: Config, model: HyperPELT):
+        self.config, self.model = config, model.eval()
+        vision = config.vision
+        has_images = vision.encoder is not None
+        self.collator = Collator(
+            model.backbone.tokenizer,
+            model.tasks,
+            config.data.max_source_length,
+            config.data.max_target_length,
+            vision.cells if has_images else None,
+            vision.channels if has_images else None,
+        )
+        self._encoder: VisionEncoder | None = None
+
+    def generate(
+        self,
+        task: str | Sequence[str],
+        texts: Sequence[str],
+        images: Sequence[Image.Image | str | Path | None] | None = None,
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+    ) -> list[str]:
+        """The generated text for each of `texts`, in their order.
+
+        `task` is one name for all texts, or one a text: a call may mix tasks, and texts with images and without.
+        Weights are generated once for the call, for every distinct task and image in it. Raises ValueError for an
+        unknown task, for lists of different lengths, and for an image given to a run without images.
+        """
+        names = [task] * len(texts) if isinstance(task, str) else list(task)
+        pictures = list(images) if images is not None else [None] * len(texts)
+        if not len(names) == len(texts) == len(pictures):
+            raise ValueError(f"got {len(texts)} texts, {len(names)} tasks and {len(pictures)} images: give one a text")
+        unknown = sorted(set(names) - set(self.model.tasks))
+        if unknown:
+            raise ValueError(f"unknown task {unknown[0]!r}; this run was trained on {', '.join(self.model.tasks)}")
+        if not texts:
+            return []
+        distinct: dict[Any, str] = {}
+        for picture in pictures:
+            if picture is not None:
+                distinct.setdefault(_identity(picture), f"image{len(distinct)}")
+        opened = {distinct[_identity(p)]: p for p in pictures if p is not None}
+        features = dict(zip(opened, self._encode(list(opened.values())), strict=True)) if opened else {}
+        samples = [
+            Sample(str(i), name, text, "", image=distinct[_identity(picture)] if picture is not None else None)
+            for i, (name, text, picture) in enumerate(zip(names, texts, pictures, strict=True))
+        ]
+        batch = self.collator(
+            samples, {name: feature.numpy() for name, feature in features.items()}, [1.0] * len(samples)
+        )
+        length = max_new_tokens if max_new_tokens is not None else self.config.data.max_target_length
+        ids = self.model.generate(batch.to(next(self.model.parameters()).device), length, num_beams)
+        decoded = self.model.backbone.decode(ids)
+        order = {int(sample.key): text for sample, text in zip(batch.samples, decoded, strict=True)}
+        return [order[i] for i in range(len(texts))]
+
+    def _encode(self, images: Sequence[Image.Image | str | Path]) -> Tensor:
+        if self.config.vision.encoder is None:
+            raise ValueError("an image was given, but this run was trained without images (vision.encoder is not set)")
+        if self._encoder is None:
+            self._encoder = load_encoder(self.config.vision)
+        return self._encoder.encode([_open(image) for image in images])
+
+
+def _identity(image: Image.Image | str | Path) -> Any:
+    return id(image) if isinstance(image, Image.Image) else str(image)
+
+
+def _open(image: Image.Image | str | Path) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        return Image.open(image)
+    except OSError as error:
+        raise ValueError(f"cannot read image {str(image)!r}: {error}") from error
+
+
+def load(run_dir: str | Path, device: str | torch.device = "cpu") -> Predictor:
+    """The best checkpoint of a run, else its newest one, ready to generate.
+
+    Raises ValueError that names the folder or file where something is missing or does not fit.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no run: it has no config.json")
+    config = configs.load(folder / "config.json")
+    weights = weights_file(folder)
+    model = build(config, config.data.tasks)
+    state = load_file(weights)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != found:
+        names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        raise ValueError(f"{weights} does not fit {folder / 'config.json'}: {', '.join(names[:5])} differ")
+    model.load_state_dict(state)
+    return Predictor(config, model.to_device(torch.device(device)))
+
+
+def weights_file(run_dir: Path) -> Path:
+    """The trained weights of a run: of the best validation if there was one, else of the newest checkpoint."""
+    latest = run_dir / "LATEST"
+    candidates = [run_dir / "best"] + ([run_dir / latest.read_text().strip()] if latest.is_file() else [])
+    for folder in candidates:
+        if (folder / "weights.safetensors").is_file():
+            return folder / "weights.safetensors"
+    raise ValueError(f"{run_dir} has no checkpoint yet: neither best/ nor what LATEST names holds weights.safetensors")
