@@ -1,0 +1,55 @@
+"""Named runs: one function each, that returns a Config and says in its docstring how to run it and what to expect.
+
+A recipe knows numbers and paths only. Precision, ZeRO, buckets and offload are the DeepSpeed JSON's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from hyperpelt_ds.config import Config, DataConfig, EvalConfig, HypernetConfig, ModelConfig, TrainConfig, VisionConfig
+
+
+def demo() -> Config:
+    """Several real text and vision tasks on a frozen Marian model, from `data_prep/demo.py`; what `make demo` trains.
+
+    deepspeed --num_accelerators 2 launch/train.py --recipe demo --ds_config ds_configs/zero2_cpu.json
+        --run_dir runs/demo
+    """
+    return Config(
+        recipe="demo",
+        model=ModelConfig(backbone="data/demo/backbone", dropout=0.0),
+        hypernet=HypernetConfig(prefix_length=8, embedding_size=64, hidden_size=128, hyper_size=64, bottleneck=32),
+        vision=VisionConfig(
+            encoder="efficientnet_lite0",
+            weights="data/demo/vision/efficientnet_lite0.pth",
+            image_size=128,
+            stage="head",
+            cells=16,
+            channels=1280,
+        ),
+        data=DataConfig(manifest="data/demo/manifest.json", max_source_length=48, max_target_length=24),
+        train=TrainConfig(
+            steps=400,
+            global_batch=64,
+            micro_batch=16,
+            learning_rate=5e-4,
+            warmup_steps=20,
+            log_every=10,
+            save_every=100,
+            eval_every=100,
+        ),
+        eval=EvalConfig(batch_size=32, samples_per_task=100),
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {"demo": demo}
+
+
+def get(name: str) -> Config:
+    """The recipe of that name; raises ValueError with the nearest names."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, 3, 0.4) or sorted(RECIPES)
+        raise ValueError(f"unknown recipe {name!r}; did you mean {', '.join(near)}?")
+    return RECIPES[name]()

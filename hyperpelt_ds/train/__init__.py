@@ -1,0 +1,1 @@
+"""Training: the engine, the loop, checkpoints, figures and scores."""

@@ -1,0 +1,265 @@
+"""DeepSpeed, behind one small class: the only file that imports it or asks for the ZeRO stage.
+
+Here the recipe meets the DeepSpeed JSON, ranks find each other, and the trainables, an optimizer and a schedule become
+an engine. This file must not know what a task, a batch's content or a checkpoint's layout is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from hyperpelt_ds import config as configuration
+from hyperpelt_ds import dist
+from hyperpelt_ds.config import Config, TrainConfig
+
+STATE_TAG = "state"
+
+# What a run may say to DeepSpeed. DeepSpeed ignores a top-level key that it does not know, so a misspelt section would
+# silently train something else. Left out on purpose: optimizer and scheduler (the recipe's), amp, elasticity, data
+# efficiency (they assume its own data loader), monitors (train/metrics.py writes).
+_SECTIONS = [
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "checkpoint",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "steps_per_print",
+    "dump_state",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+]
+
+# For a JSON that does not mention them. DeepSpeed's own defaults are: accumulate in the model's type (bf16 loses small
+# gradients), only warn when ranks save under different tags, and default process printing.
+_DEFAULTS: dict[str, Any] = {
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "checkpoint": {"tag_validation": "Fail"},
+    "steps_per_print": 2**31,
+}
+
+
+def start_distributed() -> None:
+    """Joins this process's group; works under `deepspeed`, `torchrun` and plain `python` (a group of one).
+
+    The timeout is long because the first start on a machine compiles DeepSpeed's shared-memory op.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's name for it
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.device())
+    _deepspeed().init_distributed(timeout=timedelta(minutes=30), auto_mpi_discovery=False, verbose=False)
+
+
+def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON at `path` with every "auto" filled from the recipe.
+
+    Raises ValueError for a missing or broken file, an unknown section, a section that the recipe owns, and the same
+    fact given in both places with different values.
+    """
+    tree = _read(Path(path))
+    train = config.train
+    if train.global_batch % (train.micro_batch * world_size):
+        raise ValueError(
+            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch} "
+            f"x {world_size} processes"
+        )
+    accumulation = train.global_batch // (train.micro_batch * world_size)
+    recipe = {
+        "train_batch_size": (train.global_batch, "train.global_batch"),
+        "train_micro_batch_size_per_gpu": (train.micro_batch, "train.micro_batch"),
+        "gradient_accumulation_steps": (accumulation, f"train.global_batch / (train.micro_batch x {world_size})"),
+        "gradient_clipping": (train.gradient_clipping, "train.gradient_clipping"),
+    }
+    for key in tree:
+        if key in ("optimizer", "scheduler"):
+            raise ValueError(f"{path}: section {key!r} is not allowed here, the recipe owns it (train.* of the config)")
+        if key not in recipe and key not in _SECTIONS:
+            near = difflib.get_close_matches(key, [*recipe, *_SECTIONS], 3, 0.4) or _SECTIONS
+            raise ValueError(f"{path}: unknown key {key!r}; did you mean {', '.join(near)}?")
+    for key, (value, owner) in recipe.items():
+        given = tree.get(key, "auto")
+        if given not in ("auto", value):
+            raise ValueError(
+                f'{key}: {path} says {given!r}, the recipe says {value!r} ({owner}); write "auto" in the JSON'
+            )
+        tree[key] = value
+    for name in _autos(tree):
+        raise ValueError(f'{path}: {name} is "auto", but the recipe has no value for it; give one')
+    return {**_DEFAULTS, **tree}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The weights of linear maps decay; embeddings, norms, biases and scales do not. No group is ever empty, because
+    the engine drops an empty one and so renumbers those after it."""
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(train: TrainConfig) -> Callable[[int], float]:
+    """update number (from 0) -> factor of the learning rate: a linear warm-up, then the schedule, to 0 at the end."""
+
+    def factor(update: int) -> float:
+        if update < train.warmup_steps:
+            return (update + 1) / (train.warmup_steps + 1)
+        done = min(1.0, (update - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
+        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[train.schedule]
+
+    return factor
+
+
+class Engine:
+    """The trainables under DeepSpeed. All methods are called by every rank together."""
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+        self.model: nn.Module = engine.module
+        self.stage = int(engine.zero_optimization_stage())
+        self._gradient_norm = torch.zeros(())
+
+    def forward(self, batch: Any) -> Any:
+        return self._engine(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds a micro-batch's gradient; to be called as often as the configuration accumulates."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts the micro-batch
+
+    def step(self) -> bool:
+        """Applies the accumulated gradient; False if DeepSpeed skipped it because it was not finite."""
+        if self.stage == 0:
+            self._gradient_norm = _norm(self.model)  # without ZeRO the engine clips and forgets it
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradient over all trainables, before clipping. Waits for the device."""
+        norm = self._engine.get_global_grad_norm()
+        return float(self._gradient_norm if norm is None else norm)
+
+    def learning_rate(self) -> float:
+        """The rate that the next step will be taken with."""
+        return float(self._engine.get_lr()[0])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every trainable in full and fp32, by parameter name, on rank 0's host; {} on the other ranks."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gathered: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            full = parameter.detach().float() if full is None else full  # stage 0 keeps no other copy
+            if dist.rank() == 0:
+                gathered[name] = full.detach().to("cpu", copy=True).contiguous()
+        return gathered
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's own state: weights, optimizer and schedule, in as many files as there are ranks."""
+        self._engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote under the same world size and stage. It unpickles: verify the files first."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed did not load {folder / STATE_TAG}")
+
+
+def start(model: nn.Module, config: Config, ds_config_path: str | Path) -> Engine:
+    """Wraps `model`, whose registered parameters are exactly the trainables, already on the device.
+
+    Call `start_distributed` first. Raises RuntimeError on every rank if the ranks differ in configuration or weights.
+    """
+    settings = merge(ds_config_path, config, dist.world_size())
+    dist.agree("the configuration", configuration.to_dict(config))
+    dist.agree(f"the DeepSpeed configuration {ds_config_path}", settings)
+    dist.agree("the initial weights", _fingerprint(model))
+    train = config.train
+    optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), lr=train.learning_rate)
+    # The schedule must be handed over here: one that the engine does not know is not saved with it.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(train))
+    try:
+        engine, *_ = _deepspeed().initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+    except ValidationError as error:  # what DeepSpeed's own sections say of an unknown or ill-typed key
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ValueError(f"{ds_config_path}: {faults}") from None
+    return Engine(engine)
+
+
+@functools.cache
+def _deepspeed() -> ModuleType:
+    """DeepSpeed, imported late (it takes seconds) and after its environment: it looks for `ninja` on PATH, which a
+    venv that was not activated lacks, and probes for accelerators unless told."""
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    return deepspeed
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"DeepSpeed configuration {path}: no such file")
+    try:
+        tree = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"DeepSpeed configuration {path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"DeepSpeed configuration {path}: expected an object, got {type(tree).__name__}")
+    return tree
+
+
+def _autos(tree: dict[str, Any], where: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if value == "auto":
+            yield where + key
+        elif isinstance(value, dict):
+            yield from _autos(value, f"{where}{key}.")
+
+
+def _norm(model: nn.Module) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

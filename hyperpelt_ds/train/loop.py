@@ -1,0 +1,236 @@
+"""A training run from configuration to last checkpoint, in the order in which things happen.
+
+The only place that knows about steps. It must not know DeepSpeed, files inside a checkpoint, or what a task asks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hyperpelt_ds import config as configuration
+from hyperpelt_ds import dist, tasks
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.data.collate import collator_for
+from hyperpelt_ds.data.loader import TrainStream, check_samples
+from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.model import HyperPELT, build
+from hyperpelt_ds.train import checkpoint, engine, evaluate
+from hyperpelt_ds.train.checkpoint import Progress
+from hyperpelt_ds.train.engine import Engine
+from hyperpelt_ds.train.metrics import Window, Writer
+
+log = dist.logger(__name__)
+
+VALIDATION = "validation"
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the steps need, put together once by `train`."""
+
+    config: Config
+    folder: Path
+    manifest: Manifest
+    model: HyperPELT
+    engine: Engine
+    stream: TrainStream
+    backbone: str
+
+
+def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bool = False) -> HyperPELT:
+    """Trains `config` in `run_dir`, from the newest valid checkpoint there if `resume`; returns the model as it ended.
+
+    Works in one process and under a launcher; every rank calls it. Raises ValueError for whatever does not fit, before
+    the first step.
+    """
+    folder = Path(run_dir)
+    _claim(folder, resume)
+    manifest = Manifest.load(config.data.manifest)
+    config = resolve(config, manifest)
+    engine.merge(ds_config, config, dist.world_size())  # for its errors, before minutes of loading
+    engine.start_distributed()
+    dist.agree("the data", manifest.digest)
+    model = build(config, config.data.tasks).to_device(dist.device())
+    backbone = model.backbone.fingerprint()
+    dist.agree("the frozen backbone", backbone)
+    _check_samples(manifest, config, model)
+    wrapped = engine.start(model, config, ds_config)
+    _seed(config.train.seed)
+    saved = _resume(folder, wrapped, config, backbone)
+    stream = TrainStream(
+        manifest,
+        config,
+        config.data.tasks,
+        model.backbone.tokenizer,
+        dist.rank(),
+        dist.world_size(),
+        saved.stream if saved else None,
+    )
+    progress = saved or Progress(0, stream.state())
+    if dist.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        configuration.save(config, folder / "config.json")
+        (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
+    _steps(Run(config, folder, manifest, model, wrapped, stream, backbone), progress)
+    return model
+
+
+def resolve(config: Config, manifest: Manifest) -> Config:
+    """The configuration with its task list spelt out; raises ValueError for a task that cannot be trained here."""
+    names = config.data.tasks or tuple(manifest.tasks)
+    for name in names:
+        if not manifest.count(name, "train"):
+            raise ValueError(f"task {name!r} has no samples in the train split of {config.data.manifest}")
+        if tasks.get(name).modality != "text" and config.vision.encoder is None:
+            raise ValueError(f"task {name!r} needs images, but vision.encoder is not set")
+    if not any(manifest.count(name, VALIDATION) for name in names):
+        raise ValueError(f"no task of the run has samples in the {VALIDATION} split of {config.data.manifest}")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tasks=names))
+
+
+def _resume(folder: Path, wrapped: Engine, config: Config, backbone: str) -> Progress | None:
+    """Brings everything but the data back to the newest valid checkpoint; None if there is none to go back to."""
+    found = checkpoint.newest(folder)
+    if found is None:
+        return None
+    checkpoint.check(found, config, backbone, dist.world_size(), wrapped.stage)
+    log.info("resuming from %s", found)
+    return checkpoint.load(found, wrapped)
+
+
+def _steps(run: Run, progress: Progress) -> None:
+    train = run.config.train
+    counts = run.model.parameter_counts()
+    log.info(
+        f"{run.folder}: {len(run.config.data.tasks)} tasks, {counts['trainable']:,} trainable of {counts['total']:,} "
+        f"parameters, ZeRO {run.engine.stage} on {dist.world_size()} x {dist.device()}, "
+        f"step {progress.step} of {train.steps}"
+    )
+    writer = Writer(run.folder, progress.step)
+    window = Window(run.config.data.tasks, dist.device())
+    batches = iter(run.stream)
+    clock = _Clock(progress.step, train.steps)
+    run.model.train()
+    for step in range(progress.step + 1, train.steps + 1):
+        if _exhausted(progress, train.patience):
+            break
+        with window.waiting():
+            micro_batches = next(batches)
+        learning_rate = run.engine.learning_rate()
+        for micro_batch in micro_batches:
+            batch = micro_batch.to(dist.device())
+            output = run.engine.forward(batch)
+            run.engine.backward(output.loss)
+            window.add(batch, output.sample_losses)
+        # All gradients are there and no weight has changed: here the ranks can still agree to skip, stop or roll back.
+        if not run.engine.step():
+            log.warning("step %d: the gradient is not finite, no weight was changed", step)
+        run.stream.commit()
+        progress = dataclasses.replace(progress, step=step, stream=run.stream.state())
+
+        last = step == train.steps
+        if step % train.log_every == 0 or last:
+            values = window.read()
+            values["train/learning_rate"] = learning_rate
+            values["train/gradient_norm"] = run.engine.gradient_norm()
+            writer.write(step, values)
+            log.info("%s", clock.line(step, values, run.folder))
+            if not math.isfinite(values["train/loss"]):
+                raise FloatingPointError(f"the loss is {values['train/loss']} at step {step}; {run.folder} is stopped")
+        with window.paused():
+            if step % train.eval_every == 0 or last:
+                progress = _validate(run, progress, writer)
+            if step % train.save_every == 0 or last or _exhausted(progress, train.patience):
+                checkpoint.save(run.folder, run.engine, progress, run.config, run.backbone)
+    writer.close()
+    log.info("%s: finished at step %d, best validation score %s", run.folder, progress.step, progress.best_score)
+
+
+def _validate(run: Run, progress: Progress, writer: Writer) -> Progress:
+    """Scores the validation split; keeps the weights if the mean over tasks is the best so far."""
+    run.model.eval()
+    limit = run.config.eval.samples_per_task
+    scores = evaluate.validate(run.model, run.manifest, run.config, VALIDATION, limit)
+    run.model.train()
+    mean = evaluate.mean_score(scores)
+    flat = {f"eval/{task}/{metric}": value for task, table in scores.items() for metric, value in table.items()}
+    writer.write(progress.step, {**flat, "eval/mean": mean})
+    figures = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in flat.items())
+    log.info("validation at step %d: mean %.4f  %s", progress.step, mean, figures)
+    if progress.best_score is not None and mean <= progress.best_score:
+        return dataclasses.replace(progress, stale=progress.stale + 1)
+    checkpoint.save_best(run.folder, run.engine, progress.step, mean, scores)
+    return dataclasses.replace(progress, best_score=mean, stale=0)
+
+
+def _exhausted(progress: Progress, patience: int) -> bool:
+    return bool(patience) and progress.stale >= patience
+
+
+class _Clock:
+    """Progress lines with an ETA from the pace since this process began."""
+
+    def __init__(self, done: int, steps: int):
+        self.start, self.done, self.steps = time.monotonic(), done, steps
+
+    def line(self, step: int, values: dict[str, float], folder: Path) -> str:
+        seconds = (time.monotonic() - self.start) / (step - self.done) * (self.steps - step)
+        return (
+            f"step {step}/{self.steps}  loss {values['train/loss']:.4f}  "
+            f"{values['perf/samples_per_second']:.1f} samples/s  ETA {seconds // 60:.0f}:{seconds % 60:02.0f}  "
+            f"lr {values['train/learning_rate']:.2e}  {folder}"
+        )
+
+
+def _check_samples(manifest: Manifest, config: Config, model: HyperPELT) -> None:
+    """Every rank reads its share; what one finds wrong, all raise."""
+    collator = collator_for(config, config.data.tasks, model.backbone.tokenizer)
+    fault = None
+    try:
+        check_samples(manifest, config.data.tasks, collator, dist.rank(), dist.world_size())
+    except ValueError as error:
+        fault = str(error)
+    faults = [text for text in dist.gather(fault) if text is not None]
+    if faults:
+        raise ValueError(faults[0])
+
+
+def _claim(folder: Path, resume: bool) -> None:
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and not resume:
+        raise ValueError(f"run_dir {folder} is not empty; give --resume to continue it, or another run_dir")
+
+
+def _seed(seed: int) -> None:
+    """Each rank its own dropout. Hashed, so that seeds 0 and 1 on ranks 1 and 0 are not the same stream."""
+    own = int.from_bytes(hashlib.sha256(f"{seed}/{dist.rank()}".encode()).digest()[:4])
+    random.seed(own)
+    np.random.seed(own)
+    torch.manual_seed(own)
+
+
+def _environment() -> dict[str, object]:
+    packages = ("hyperpelt-ds", "torch", "deepspeed", "transformers", "webdataset", "numpy", "safetensors")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "world_size": dist.world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()),
+    }

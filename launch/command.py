@@ -1,0 +1,80 @@
+"""What the entry points share: flags by fire, checked names, and one line for what the user did wrong."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import fire
+
+_OWN = tuple(str(Path(__file__).resolve().parents[1] / folder) for folder in ("hyperpelt_ds", "launch"))
+
+
+def run(function: Callable[..., None]) -> None:
+    """Calls `function` with the command line's flags; exits with 2 after one line `error: ...` for a bad request.
+
+    A ValueError raised by this project is the user's to mend; one raised by a library is a bug and keeps its traceback.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    try:
+        fire.Fire(function, command=_checked(function, sys.argv[1:]))
+    except ValueError as error:
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_OWN):
+            raise
+        _report(error)
+        sys.exit(2)
+
+
+def _checked(function: Callable[..., None], arguments: list[str]) -> list[str]:
+    """The arguments in a form that fire cannot misread, every flag known and every required one there.
+
+    Left alone, fire answers an unknown flag with a page, takes what follows a bare switch for its value, and reads
+    `--text "a, b"` as a tuple and `--run_dir 1e3` as a number.
+    """
+    if any(argument in ("--help", "-h") for argument in arguments):
+        return ["--help"]
+    flags = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    checked, given, rest = [], set(), iter(arguments)
+    for argument in rest:
+        name, has_value, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not argument.startswith("--"):
+            checked.append(repr(argument))
+            continue
+        if name not in flags:
+            near = difflib.get_close_matches(name, flags, 2, 0.4) or list(flags)
+            raise ValueError(f"unknown flag --{name}; did you mean {', '.join('--' + n for n in near)}?")
+        if not has_value:
+            value = "True" if flags[name].annotation == "bool" else next(rest, "")
+        checked.append(f"--{name}={_literal(name, flags[name].annotation, value)}")
+        given.add(name)
+    missing = [f"--{n}" for n, p in flags.items() if p.default is p.empty and n not in given]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}; --help shows an example")
+    return checked
+
+
+def _literal(name: str, annotation: str, value: str) -> str:
+    """The value as a Python literal of the annotated type, which is what fire reads."""
+    if annotation == "bool" and value not in ("True", "False"):
+        raise ValueError(f"--{name} is a switch: give it alone, or =True or =False, not {value!r}")
+    if annotation == "int" and not value.removeprefix("-").isdigit():
+        raise ValueError(f"--{name} must be a whole number, got {value!r}")
+    return value if annotation in ("bool", "int") else repr(value)
+
+
+def _report(error: ValueError) -> None:
+    """Prints the error once. The launcher ends all ranks when one fails, so the others give rank 0 time to speak; if it
+    has not failed by then, the fault is theirs alone and they say so."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(15)
+    where = f" (rank {rank})" if rank else ""
+    print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -1,0 +1,126 @@
+"""The meeting of recipe and DeepSpeed JSON, the optimizer's groups and the schedule. No process group, no DeepSpeed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+from torch import nn
+
+from hyperpelt_ds.backbones import Backbone
+from hyperpelt_ds.config import Config, TrainConfig
+from hyperpelt_ds.train import engine
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = Config(train=TrainConfig(global_batch=24, micro_batch=3, gradient_clipping=0.5))
+
+
+def write(folder: Path, tree: object) -> Path:
+    path = folder / "ds.json"
+    path.write_text(tree if isinstance(tree, str) else json.dumps(tree))
+    return path
+
+
+def test_autos_and_absent_keys_are_filled_from_the_recipe(tmp_path):
+    merged = engine.merge(write(tmp_path, {"train_batch_size": "auto", "zero_optimization": {"stage": 2}}), RECIPE, 2)
+    assert merged["train_batch_size"] == 24
+    assert merged["train_micro_batch_size_per_gpu"] == 3
+    assert merged["gradient_accumulation_steps"] == 4
+    assert merged["gradient_clipping"] == 0.5
+    assert merged["zero_optimization"] == {"stage": 2}
+
+
+def test_accumulation_follows_the_world_size(tmp_path):
+    path = write(tmp_path, {})
+    assert [engine.merge(path, RECIPE, world)["gradient_accumulation_steps"] for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
+
+
+def test_the_same_fact_with_the_same_value_in_both_places_is_accepted(tmp_path):
+    assert engine.merge(write(tmp_path, {"gradient_clipping": 0.5}), RECIPE, 1)["gradient_clipping"] == 0.5
+
+
+@pytest.mark.parametrize("key, given, wanted, owner", [
+    ("train_batch_size", 32, 24, "train.global_batch"),
+    ("train_micro_batch_size_per_gpu", 4, 3, "train.micro_batch"),
+    ("gradient_accumulation_steps", 2, 4, "train.global_batch"),
+    ("gradient_clipping", 1.0, 0.5, "train.gradient_clipping"),
+])  # fmt: skip
+def test_the_same_fact_with_different_values_is_an_error_that_names_both(tmp_path, key, given, wanted, owner):
+    path = write(tmp_path, {key: given})
+    with pytest.raises(ValueError) as error:
+        engine.merge(path, RECIPE, 2)
+    for part in (key, str(path), repr(given), repr(wanted), owner):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("tree, message", [
+    ({"optimizer": {"type": "AdamW"}}, "'optimizer' is not allowed here, the recipe owns it"),
+    ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is not allowed here, the recipe owns it"),
+    ({"zero_optimisation": {"stage": 2}}, "unknown key 'zero_optimisation'; did you mean zero_optimization"),
+    ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto"'),
+    ("{not json", "not valid JSON"),
+    ("[1]", "expected an object"),
+])  # fmt: skip
+def test_a_wrong_deepspeed_file_is_one_clear_error(tmp_path, tree, message):
+    with pytest.raises(ValueError, match=r"ds\.json") as error:
+        engine.merge(write(tmp_path, tree), RECIPE, 1)
+    assert message in str(error.value)
+
+
+def test_a_missing_deepspeed_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.json: no such file"):
+        engine.merge(tmp_path / "nowhere.json", RECIPE, 1)
+
+
+def test_a_global_batch_that_cannot_be_shared_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"train.global_batch=24 .* train.micro_batch=3 x 5 processes"):
+        engine.merge(write(tmp_path, {}), RECIPE, 5)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_shipped_file_leaves_to_the_recipe_what_is_the_recipes(path):
+    tree = json.loads(path.read_text())
+    recipe = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
+    assert {tree[key] for key in recipe} == {"auto"}
+    merged = engine.merge(path, RECIPE, 2)
+    assert merged["zero_optimization"]["stage"] == int(path.name[4]), "the name says the stage"
+    assert merged["data_types"]["grad_accum_dtype"] == "fp32"
+    assert ("torch_autocast" in tree) == (not path.stem.endswith("_cpu")), "GPU files compute in bf16, CPU files do not"
+
+
+def test_only_weights_of_linear_maps_decay_and_every_trainable_is_in_exactly_one_group():
+    network = tiny.tiny_hypernet(Backbone(tiny.tiny_model("marian"), None))
+    groups = engine.parameter_groups(network, 0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    decayed, kept = ([names.pop(id(p)) for p in group["params"]] for group in groups)
+    assert not names
+    modules = dict(network.named_modules())
+    assert all(isinstance(modules[name.removesuffix(".weight")], nn.Linear) for name in decayed)
+    embedding_norm_scale = {"tasks.table.weight", "norms.values", "task_branch.adapter.scale"}
+    assert embedding_norm_scale < set(kept)
+    assert any(name.endswith(".bias") for name in kept)
+
+
+def test_no_group_is_ever_empty():
+    assert len(engine.parameter_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
+    assert len(engine.parameter_groups(nn.LayerNorm(2), 0.1)) == 1
+
+
+@pytest.mark.parametrize("schedule, middle, end", [("linear", 0.5, 0.0), ("cosine", 0.5, 0.0), ("constant", 1.0, 1.0)])
+def test_the_rate_warms_up_and_then_follows_its_schedule(schedule, middle, end):
+    train = dataclasses.replace(RECIPE.train, steps=110, warmup_steps=10, schedule=schedule)
+    factor = engine.learning_rate_factor(train)
+    assert [factor(update) for update in (0, 4, 9)] == pytest.approx([1 / 11, 5 / 11, 10 / 11])
+    assert factor(10) == 1.0
+    assert factor(60) == pytest.approx(middle)
+    assert factor(110) == factor(10**6) == pytest.approx(end)
+    assert factor(35) == pytest.approx({"linear": 0.75, "cosine": 0.5 + math.sqrt(0.5) / 2, "constant": 1.0}[schedule])
+
+
+def test_without_warm_up_the_first_update_has_the_full_rate():
+    assert engine.learning_rate_factor(dataclasses.replace(RECIPE.train, warmup_steps=0))(0) == 1.0

@@ -1,0 +1,99 @@
+"""What a run reports: figures by their formulas, and the two files that must say the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hyperpelt_ds.contracts import Batch
+from hyperpelt_ds.train.metrics import Window, Writer
+
+
+def batch(tasks: list[int], lengths: list[int], targets: list[int], weights: list[float]) -> Batch:
+    """Samples of the given tasks with `lengths` source and `targets` target tokens, padded to the longest."""
+    rows = sorted(set(tasks))
+    mask = torch.tensor([[int(place < n) for place in range(max(lengths))] for n in lengths])
+    labels = torch.tensor([[3 if place < n else -100 for place in range(max(targets))] for n in targets])
+    return Batch(
+        input_ids=mask,
+        attention_mask=mask,
+        labels=labels,
+        tasks=torch.tensor(rows),
+        task_rows=torch.tensor([rows.index(task) for task in tasks]),
+        images=None,
+        image_rows=None,
+        loss_weights=torch.tensor(weights),
+        samples=(),
+    )
+
+
+def test_losses_are_means_over_valid_samples_of_the_whole_window():
+    window = Window(["a", "b", "c"], torch.device("cpu"))
+    window.add(batch([0, 2, 2], [4, 2, 1], [1, 1, 2], [1.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 100.0]))
+    window.add(batch([0, 0], [2, 2], [1, 1], [1.0, 1.0]), torch.tensor([3.0, 5.0]))
+    values = window.read()
+    assert values["train/loss"] == pytest.approx((1 + 2 + 3 + 5) / 4)
+    assert values["train/a/loss"] == pytest.approx(3.0)
+    assert values["train/c/loss"] == pytest.approx(2.0)
+    assert "train/b/loss" not in values, "a task that was not drawn has no loss"
+
+
+def test_padding_share_counts_source_and_target_places():
+    window = Window(["a"], torch.device("cpu"))
+    window.add(batch([0, 0], [4, 2], [1, 3], [1.0, 1.0]), torch.zeros(2))
+    assert window.read()["data/padding_share"] == pytest.approx(1 - (4 + 2 + 1 + 3) / (2 * 4 + 2 * 3))
+
+
+def test_a_read_begins_a_new_window():
+    window = Window(["a"], torch.device("cpu"))
+    window.add(batch([0], [1], [1], [1.0]), torch.tensor([7.0]))
+    window.read()
+    window.add(batch([0], [1], [1], [1.0]), torch.tensor([1.0]))
+    assert window.read()["train/loss"] == pytest.approx(1.0)
+
+
+def test_waiting_counts_in_the_wait_share_and_a_pause_counts_nowhere():
+    window = Window(["a"], torch.device("cpu"))
+    with window.waiting():
+        torch.randn(300, 300) @ torch.randn(300, 300)
+    start = window._start
+    with window.paused():
+        torch.randn(300, 300) @ torch.randn(300, 300)
+    assert window._start > start
+    window.add(batch([0], [1], [1], [1.0]), torch.tensor([1.0]))
+    assert 0 < window.read()["data/wait_fraction"] <= 1
+
+
+def test_tensorboard_and_lines_hold_the_same_names_and_values(tmp_path):
+    writer = Writer(tmp_path, 0)
+    writer.write(10, {"train/loss": 2.5, "train/a/loss": 1.5})
+    writer.write(20, {"train/loss": 2.25})
+    writer.write(20, {"eval/mean": 0.5})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {(name, line["step"]): value for line in lines for name, value in line.items() if "/" in name}
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = {(name, e.step): e.value for name in board.Tags()["scalars"] for e in board.Scalars(name)}
+    assert found == shown
+    assert found == {
+        ("train/loss", 10): 2.5, ("train/a/loss", 10): 1.5, ("train/loss", 20): 2.25, ("eval/mean", 20): 0.5
+    }  # fmt: skip
+
+
+def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
+    writer = Writer(tmp_path, 0)
+    for step in (1, 2, 3):
+        writer.write(step, {"train/loss": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 4, "tr')  # a process that died while writing
+    writer = Writer(tmp_path, 1)
+    writer.write(2, {"train/loss": 20.0})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 20.0)]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
