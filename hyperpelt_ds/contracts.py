@@ -134,6 +134,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64, 1 for real tokens
     labels: Tensor  # (B, T') int64, -100 for padding
+    targets: Tensor  # (N,) int64, the places of the real tokens in labels.flatten(); made on the host, so nothing waits
     tasks: Tensor  # (C,) int64, distinct rows of the task embedding table
     task_rows: Tensor  # (B,) int64, index into `tasks`
     images: Tensor | None  # (C', V, F) float, distinct images

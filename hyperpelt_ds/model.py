@@ -69,15 +69,15 @@ class HyperPELT(nn.Module):
         """The loss of a batch: sum over samples of loss_weights x mean cross-entropy of the sample's target."""
         weights: Weights = self.hypernet(batch)
         used, idle = _split(weights, batch)
-        logits = self.backbone.forward(used, batch.input_ids, batch.attention_mask, batch.labels)
-        token_losses = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            batch.labels.flatten(),
-            ignore_index=-100,
+        logits = self.backbone.forward(used, batch.input_ids, batch.attention_mask, batch.labels, batch.targets)
+        real_losses = F.cross_entropy(
+            logits.float(),
+            batch.labels.flatten()[batch.targets],
             reduction="none",
             label_smoothing=self.label_smoothing if self.training else 0.0,
-        ).view_as(batch.labels)
-        losses = token_losses.sum(1) / (batch.labels != -100).sum(1).clamp(min=1)
+        )
+        token_losses = real_losses.new_zeros(batch.labels.numel()).index_copy(0, batch.targets, real_losses)
+        losses = token_losses.view_as(batch.labels).sum(1) / (batch.labels != -100).sum(1).clamp(min=1)
         loss = (losses * batch.loss_weights).sum()
         for branch in idle:
             loss = loss + 0.0 * _total(branch)  # every trainable takes part in every step on every rank

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -45,7 +46,7 @@ class VisionEncoder:
         blank = self.encode([Image.new("RGB", (8, 8))])
         self.cells, self.channels = blank.shape[1], blank.shape[2]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Features of the images, (B, V, F) float32 on the CPU; cells run row by row from the top left."""
         pixels = torch.stack([_pixels(image, self._about["image_size"]) for image in images])
@@ -67,23 +68,24 @@ def load_encoder(config: VisionConfig) -> VisionEncoder:
         raise ValueError("vision.encoder: the run has no image encoder; set for example efficientnet_lite0")
     if config.weights is None:
         raise ValueError(f"vision.weights: {config.encoder} needs a file or folder with its weights")
-    about = {"encoder": config.encoder, "image_size": config.image_size, "stage": config.stage}
+    about = {"encoder": config.encoder, "image_size": config.image_size}
     if config.encoder == "clip":
         # The one import across folders of the same rank: transformers may be imported under backbones/ only.
-        from hyperpelt_ds.backbones.clip import load_clip
+        from hyperpelt_ds.backbones import clip
 
         if config.stage is not None:
             raise ValueError(f"vision.stage: clip has no stages to choose from, got {config.stage!r}")
-        grid, weights, mean_std = load_clip(config.weights, config.image_size)
-        return VisionEncoder(about, grid, weights, mean_std)
+        grid, weights = clip.load_clip(config.weights, config.image_size)
+        return VisionEncoder(about, grid, weights, (clip.MEAN, clip.STD))
     if config.encoder == "efficientnet_lite0":
-        lite = EfficientNetLite0()
-        lite.load_state_dict(_read_state(config.weights), strict=True)
-        weights = list(lite.state_dict().items())
-        return VisionEncoder(about, _cells(lite.eval().feature_map(config.stage or "head")), weights, _LITE)
+        lite, stage = EfficientNetLite0(), config.stage or "head"
+        _fill(lite, config.weights)
+        grid = _cells(lite.feature_map(stage))
+        return VisionEncoder({**about, "stage": stage}, grid, lite.state_dict().items(), _LITE)
     model = _torchvision(config.encoder, config.weights)
-    weights = list(model.state_dict().items())
-    return VisionEncoder(about, _cells(_torchvision_map(model, config)), weights, _IMAGENET)
+    stage = config.stage or _last_stage(model, config.encoder)
+    grid = _cells(_torchvision_map(model, config.encoder, stage))
+    return VisionEncoder({**about, "stage": stage}, grid, model.state_dict().items(), _IMAGENET)
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -91,7 +93,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(weights, key=lambda pair: pair[0]):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -110,15 +112,17 @@ def _cells(feature_map: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda pixels: feature_map(pixels).flatten(2).transpose(1, 2)
 
 
-def _read_state(path: str) -> dict[str, Tensor]:
+def _fill(model: nn.Module, path: str) -> None:
+    """Loads a state dict (.safetensors, or torch's own format) that must fit, and sets eval mode."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"vision.weights: no file {path}")
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # torch lists every name that does not fit; the first line or two tell enough
+        raise ValueError(f"vision.weights: {path} does not fit {type(model).__name__}: {str(error)[:300]}") from None
+    model.eval()
 
 
 def _torchvision(name: str, weights: str) -> nn.Module:
@@ -127,37 +131,40 @@ def _torchvision(name: str, weights: str) -> nn.Module:
 
     if name not in models.list_models():
         raise ValueError(
-            f"vision.encoder: unknown encoder {name!r}; allowed are efficientnet_lite0, clip and the "
-            f"names that torchvision.models.list_models() gives, for example resnet50"
+            f"vision.encoder: unknown encoder {name!r}; allowed are efficientnet_lite0, clip and the names that "
+            f"torchvision.models.list_models() gives, for example resnet50"
         )
-    model = models.get_model(name, weights="DEFAULT" if weights == "default" else None)
-    if weights != "default":
-        model.load_state_dict(_read_state(weights))
-    return model.eval()
+    if weights == "default":
+        return models.get_model(name, weights="DEFAULT").eval()
+    model = models.get_model(name, weights=None)
+    _fill(model, weights)
+    return model
 
 
-def _torchvision_map(model: nn.Module, config: VisionConfig) -> nn.Module:
-    """The part of `model` that ends at the feature map named by vision.stage; later layers are never computed."""
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    last = next((name for name in ("layer4", "features") if hasattr(model, name)), None)
-    stage = config.stage or last
-    if stage is None:
-        raise ValueError(
-            f"vision.stage: say which layer of {config.encoder} to take, for example one of "
-            f"{', '.join(name for name, _ in model.named_children())}"
-        )
-    extractor = create_feature_extractor(model, {stage: "map"})
-    return _Pick(extractor)
+def _last_stage(model: nn.Module, name: str) -> str:
+    for stage in ("layer4", "features"):
+        if hasattr(model, stage):
+            return stage
+    raise ValueError(f"vision.stage: say which layer of {name} to take; its parts are {_parts(model)}")
 
 
-class _Pick(nn.Module):
-    def __init__(self, extractor: nn.Module):
-        super().__init__()
-        self.extractor = extractor
+def _torchvision_map(model: nn.Module, name: str, stage: str) -> nn.Module:
+    """The part of `model` that ends at the feature map `stage`; later layers are never computed."""
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.extractor(pixels)["map"]
+    nodes = get_graph_node_names(model)[1]
+    if not any(node == stage or node.startswith(f"{stage}.") for node in nodes):
+        raise ValueError(f"vision.stage: {name} has no layer {stage!r}; its parts are {_parts(model)}")
+    return nn.Sequential(create_feature_extractor(model, [stage]), _First())
+
+
+def _parts(model: nn.Module) -> str:
+    return ", ".join(name for name, _ in model.named_children())
+
+
+class _First(nn.Module):
+    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+        return next(iter(maps.values()))
 
 
 class EfficientNetLite0(nn.Module):
@@ -180,13 +187,15 @@ class EfficientNetLite0(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._conv_stem, self._bn0 = SameConv(3, 32, 3, stride=2, bias=False), _norm(32)
-        blocks, width = [], 32
-        self._ends = []
+        blocks: list[LiteBlock] = []
+        width = 32
+        self._ends: list[int] = []
         for repeats, kernel, stride, expansion, output in self.GROUPS:
             for index in range(repeats):
                 blocks.append(LiteBlock(width, output, kernel, stride if index == 0 else 1, expansion))
                 width = output
             self._ends.append(len(blocks))
+        self.blocks = blocks  # typed; the module list holds the same ones
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = SameConv(width, 1280, 1, bias=False), _norm(1280)
         self._fc = nn.Linear(1280, 1000)
@@ -198,7 +207,7 @@ class EfficientNetLite0(nn.Module):
             raise ValueError(f"vision.stage: efficientnet_lite0 has {', '.join(stages)} and head, got {stage!r}")
         last = self._ends[-1] if stage == "head" else self._ends[stages.index(stage)]
         layers: list[nn.Module] = [fuse_conv_bn_eval(self._conv_stem, self._bn0), nn.ReLU6()]
-        layers += [block.fused() for block in self._blocks[:last]]
+        layers += [block.fused() for block in self.blocks[:last]]
         if stage == "head":
             layers += [fuse_conv_bn_eval(self._conv_head, self._bn1), nn.ReLU6()]
         return nn.Sequential(*layers)
@@ -206,7 +215,7 @@ class EfficientNetLite0(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """The 1,000 ImageNet logits, (B, 1000)."""
         x = F.relu6(self._bn0(self._conv_stem(pixels)))
-        for block in self._blocks:
+        for block in self.blocks:
             x = block(x)
         return self._fc(F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
 

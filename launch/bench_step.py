@@ -83,23 +83,11 @@ def main(
             times = _rounds(_systems(name, batch, source, target, metric == "train_step_s", device), rounds, device)
             for system, seconds in times.items():
                 ratios = [own / floor for own, floor in zip(seconds, times["floor"], strict=True)]
-                lines.append(
-                    dict(
-                        case=case,
-                        system=system,
-                        metric=metric,
-                        median=statistics.median(seconds),
-                        min=min(seconds),
-                        max=max(seconds),
-                        ratio=statistics.median(ratios),
-                        hardware=hardware,
-                    )
-                )
-                print(
-                    "{case:36} {metric:14} {system:20} {median:8.3f} [{min:.3f}, {max:.3f}]  x{ratio:.2f}".format(
-                        **lines[-1]
-                    )
-                )
+                median, low, high = statistics.median(seconds), min(seconds), max(seconds)
+                line = {"case": case, "system": system, "metric": metric, "median": median, "min": low, "max": high}
+                lines.append({**line, "ratio": statistics.median(ratios), "hardware": hardware})
+                ratio = f"x{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+                print(f"{case:36} {metric:14} {system:20} {median:8.3f} s [{low:.3f}, {high:.3f}]  {ratio}")
     if out:
         Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
         print(f"wrote {out}")
@@ -197,6 +185,7 @@ def _hyperpelt(
         input_ids=ids,
         attention_mask=mask,
         labels=labels,
+        targets=torch.arange(labels.numel()),
         tasks=torch.arange(tasks),
         task_rows=(torch.arange(size) * tasks // size),
         images=torch.randn(size, VISION["cells"], VISION["channels"]) if images else None,

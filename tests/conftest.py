@@ -102,7 +102,9 @@ def save_manifest(folder: Path, train: int = 48, held_out: int = 12) -> Path:
     features = [
         (f"{split}-{i}", grids[i % len(SHAPES)].astype(np.float16)) for split, n in sizes.items() for i in range(n // 2)
     ]
-    stored = shards.FeatureSet(CELLS, CHANNELS, {"encoder": "random"}, shards.write_features(folder, features, 16))
+    stored = shards.FeatureSet(
+        CELLS, CHANNELS, {"encoder": "efficientnet_lite0"}, shards.write_features(folder, features, 16)
+    )
     return shards.write_manifest(folder, tasks, stored, {"about": "tiny"})
 
 

@@ -290,7 +290,7 @@ def test_an_unsupported_model_type_lists_what_is_supported(kind, tmp_path):
     )
     with pytest.raises(ValueError, match=r"model.backbone: .*'bert'; supported are bart, marian, mt5, t5"):
         load_backbone(ModelConfig(backbone=str(tmp_path)))
-    with pytest.raises(ValueError, match="cannot load '.*nowhere'"):
+    with pytest.raises(ValueError, match=r"cannot load '.*nowhere'"):
         load_backbone(ModelConfig(backbone=str(tmp_path / "nowhere")))
 
 

@@ -21,6 +21,7 @@ def batch(tasks: list[int], lengths: list[int], targets: list[int], weights: lis
         input_ids=mask,
         attention_mask=mask,
         labels=labels,
+        targets=(labels.flatten() != -100).nonzero().squeeze(1),
         tasks=torch.tensor(rows),
         task_rows=torch.tensor([rows.index(task) for task in tasks]),
         images=None,

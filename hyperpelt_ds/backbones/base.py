@@ -46,6 +46,8 @@ class Backbone:
             attention.attach(module, self.slot, number)
         for number, (_, first, last) in enumerate(ffns):
             _attach_adapter(first, last, self.slot, number, activation)
+        self._targets: Tensor | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._keep_targets)
         self._norms = [
             (m, n) for m in family.norms(model) for n in ("weight", "bias") if getattr(m, n, None) is not None
         ]
@@ -74,16 +76,26 @@ class Backbone:
         """Switches dropout and activation checkpointing on or off; nothing becomes trainable."""
         self.model.train(mode)
 
-    def forward(self, weights: Weights | None, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        weights: Weights | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        targets: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T', vocabulary) of the labels (B, T'), given what comes before them.
 
-        input_ids, attention_mask (B, T); labels padded with -100. Without weights this is the plain model.
+        input_ids, attention_mask (B, T); labels padded with -100. With `targets` (N,), places in labels.flatten(),
+        only their logits are made: (N, vocabulary). Without weights this is the plain model.
         """
         self._load(weights)
+        self._targets = targets
         decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
         )
+        self._targets = None
         return cast(Tensor, output.logits)
 
     @torch.no_grad()
@@ -133,6 +145,10 @@ class Backbone:
         branches = weights.branches if weights is not None else ()
         self.slot.set(tuple(b._replace(prefix=cast_all(b.prefix), adapter=cast_all(b.adapter)) for b in branches))
         self._set_norms(weights.norms if weights is not None else None)
+
+    def _keep_targets(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Spares the projection to the vocabulary for padding: about half of all places where targets are short."""
+        return None if self._targets is None else (args[0].flatten(0, 1)[self._targets],)
 
     def _set_norms(self, values: Tensor | None) -> None:
         values = self.initial_norms if values is None else values.to(self.initial_norms.dtype)

@@ -59,10 +59,12 @@ class Collator:
         sources, targets = self._sources(samples), self.targets(samples)
         tasks, task_rows = _distinct([self.rows[sample.task] for sample in samples])
         images, image_rows = self._images(samples, features) if self.grid else (None, None)
+        labels = _padded(targets, IGNORED)
         return Batch(
             input_ids=_padded(sources, self.tokenizer.pad_token_id),
             attention_mask=_padded([[1] * len(tokens) for tokens in sources], 0),
-            labels=_padded(targets, IGNORED),
+            labels=labels,
+            targets=(labels.flatten() != IGNORED).nonzero().squeeze(1),
             tasks=torch.tensor(tasks),
             task_rows=torch.tensor(task_rows),
             images=images,

@@ -230,12 +230,17 @@ def _accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
 
 
 def _check_features(manifest: Manifest, config: Config) -> None:
+    """The run must see the features that are stored, and answer new images through the encoder that made them."""
     stored, wanted = manifest.features, config.vision
-    if stored and wanted.encoder and (stored.cells, stored.channels) != (wanted.cells, wanted.channels):
-        raise ValueError(
-            f"vision.cells and vision.channels are {wanted.cells} x {wanted.channels}, but the features of "
-            f"{manifest.folder / MANIFEST} are {stored.cells} x {stored.channels}"
-        )
+    if stored is None or wanted.encoder is None:
+        return
+    made = {"cells": stored.cells, "channels": stored.channels, **stored.encoder}
+    for name in ("cells", "channels", "encoder", "image_size", "stage"):
+        if name in made and made[name] != getattr(wanted, name):
+            raise ValueError(
+                f"vision.{name} is {getattr(wanted, name)!r}, but the features of {manifest.folder / MANIFEST} "
+                f"have {made[name]!r}"
+            )
 
 
 def _check_state(state: StreamState, fresh: StreamState) -> None:

@@ -76,7 +76,8 @@ def _bags(texts: Sequence[str], vocabulary: dict[str, int]) -> _Bags:
     known = [sorted(vocabulary[word] for word in _words(text) if word in vocabulary) for text in texts]
     sizes = torch.tensor([len(rows) for rows in known])
     weights = torch.repeat_interleave(sizes.clamp(min=1).float().rsqrt(), sizes)
-    return _Bags(torch.tensor([row for rows in known for row in rows]), sizes.cumsum(0) - sizes, weights)
+    words = torch.tensor([row for rows in known for row in rows], dtype=torch.long)
+    return _Bags(words, sizes.cumsum(0) - sizes, weights)
 
 
 def _logits(bags: _Bags, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,0 +1,28 @@
+"""CLIP's image tower as a source of feature cells; here because only backbones may import transformers.
+
+It knows nothing of the seq2seq models beside it, and of images only pixels: resizing is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionModel
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_clip(path: str, image_size: int) -> tuple[Callable[[Tensor], Tensor], list[tuple[str, Tensor]]]:
+    """A function from pixels (B, 3, image_size, image_size), normalised by MEAN and STD, to the last layer's patch
+    states (B, V, F) without the class token; and the tower's weights by name.
+
+    `path` is a local folder or a hub id. Raises ValueError if the tower was made for another image size, and OSError
+    (transformers') if it cannot be found.
+    """
+    model = CLIPVisionModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    expected = model.config.image_size
+    if image_size != expected:
+        raise ValueError(f"vision.image_size: {path} takes images of {expected} pixels, got {image_size}")
+    return lambda pixels: model(pixel_values=pixels).last_hidden_state[:, 1:], list(model.state_dict().items())
