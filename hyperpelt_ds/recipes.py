@@ -29,18 +29,20 @@ def demo() -> Config:
             cells=16,
             channels=1280,
         ),
-        data=DataConfig(manifest="data/demo/manifest.json", max_source_length=48, max_target_length=24),
-        train=TrainConfig(
-            steps=400,
-            global_batch=64,
-            micro_batch=16,
-            learning_rate=5e-4,
-            warmup_steps=20,
-            log_every=10,
-            save_every=100,
-            eval_every=100,
+        data=DataConfig(
+            manifest="data/demo/manifest.json", temperature=2.0, max_source_length=48, max_target_length=32
         ),
-        eval=EvalConfig(batch_size=32, samples_per_task=100),
+        train=TrainConfig(
+            steps=960,
+            global_batch=32,
+            micro_batch=8,
+            learning_rate=5e-4,
+            warmup_steps=60,
+            log_every=20,
+            save_every=240,
+            eval_every=240,
+        ),
+        eval=EvalConfig(batch_size=64, samples_per_task=100),
     )
 
 

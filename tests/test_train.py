@@ -92,6 +92,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     for name, tensor in final_weights(whole).items():
         assert torch.equal(tensor, final_weights(resumed)[name]), name
     states = [json.loads((run / "step_00000009" / "state.json").read_text())["progress"] for run in (whole, resumed)]
+    assert all(state.pop("seconds") > 0 for state in states)
     assert states[0] == states[1]
 
 

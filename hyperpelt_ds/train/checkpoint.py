@@ -66,12 +66,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: the same on every rank. `stale` counts validations since the best one."""
+    """Where a run stands: the same on every rank but for `seconds`, the time its steps, validations and saves took.
+
+    `stale` counts validations since the best one.
+    """
 
     step: int
     stream: StreamState
     best_score: float | None = None
     stale: int = 0
+    seconds: float = 0.0
 
 
 def save(run_dir: Path, engine: Engine, progress: Progress, config: Config, backbone: str) -> Path:

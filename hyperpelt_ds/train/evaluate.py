@@ -90,7 +90,14 @@ def evaluate(
         if dist.rank() == 0:
             rows[name] = _row(name, samples, some, texts, read_texts(manifest, name, "train"))
             log.info("%s: %s %.3f, %d samples", name, rows[name]["metric"], rows[name]["score"], len(samples))
-    results = {"tasks": rows, **model.parameter_counts(), "split": split, "seconds": time.monotonic() - start}
+    scoring = time.monotonic() - start
+    results = {
+        "tasks": rows,
+        **model.parameter_counts(),
+        "split": split,
+        "seconds": _trained(Path(run_dir)) + scoring,
+        "scoring_seconds": scoring,
+    }
     if dist.rank() == 0:
         Path(out or Path(run_dir) / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         print(table(results), flush=True)
@@ -119,7 +126,15 @@ def table(results: Mapping[str, Any]) -> str:
         for line in lines
     ]
     counts = f"{results['trainable']:,} trainable of {results['total']:,} parameters"
-    return "\n".join([*text, f"{counts}; {results['split']} split, scored in {results['seconds']:.0f} s"])
+    seconds = f"{results['seconds']:.0f} s, of which scoring {results['scoring_seconds']:.0f} s"
+    return "\n".join([*text, f"{counts}; {results['split']} split; {seconds}"])
+
+
+def _trained(run_dir: Path) -> float:
+    """Seconds that the run's training took up to its newest checkpoint."""
+    latest = run_dir / "LATEST"
+    state = run_dir / latest.read_text().strip() / "state.json" if latest.is_file() else None
+    return float(json.loads(state.read_text())["progress"]["seconds"]) if state and state.is_file() else 0.0
 
 
 def _row(

@@ -123,7 +123,7 @@ def _steps(run: Run, progress: Progress) -> None:
     writer = Writer(run.folder, progress.step)
     window = Window(run.config.data.tasks, dist.device())
     batches = iter(run.stream)
-    clock = _Clock(progress.step, train.steps)
+    clock = _Clock(progress.step, train.steps, progress.seconds)
     run.model.train()
     for step in range(progress.step + 1, train.steps + 1):
         if _exhausted(progress, train.patience):
@@ -140,7 +140,7 @@ def _steps(run: Run, progress: Progress) -> None:
         if not run.engine.step():
             log.warning("step %d: the gradient is not finite, no weight was changed", step)
         run.stream.commit()
-        progress = dataclasses.replace(progress, step=step, stream=run.stream.state())
+        progress = dataclasses.replace(progress, step=step, stream=run.stream.state(), seconds=clock.seconds())
 
         last = step == train.steps
         if step % train.log_every == 0 or last:
@@ -182,10 +182,14 @@ def _exhausted(progress: Progress, patience: int) -> bool:
 
 
 class _Clock:
-    """Progress lines with an ETA from the pace since this process began."""
+    """Progress lines with an ETA from the pace since this process began, `before` seconds after the run did."""
 
-    def __init__(self, done: int, steps: int):
-        self.start, self.done, self.steps = time.monotonic(), done, steps
+    def __init__(self, done: int, steps: int, before: float):
+        self.start, self.done, self.steps, self.before = time.monotonic(), done, steps, before
+
+    def seconds(self) -> float:
+        """What the run took so far, over all its processes."""
+        return self.before + time.monotonic() - self.start
 
     def line(self, step: int, values: dict[str, float], folder: Path) -> str:
         seconds = (time.monotonic() - self.start) / (step - self.done) * (self.steps - step)
