@@ -4,7 +4,8 @@
 #   make test-all   the slow, multi-node and browser tests too
 #   make check      formatting, lint and types
 
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DS_ACCELERATOR ?= cpu
@@ -17,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 venv: .venv/installed
 
 .venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else "Python 3.11 or 3.12 is needed, found %d.%d; set PYTHON=/path/to/python" % v)'
+	@$(or $(PYTHON),false) -c '$(SUITABLE)' || { echo 'error: no Python 3.11 or 3.12 with venv was found; set PYTHON=/path/to/python'; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
 	touch $@
