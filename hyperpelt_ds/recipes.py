@@ -33,14 +33,14 @@ def demo() -> Config:
             manifest="data/demo/manifest.json", temperature=2.0, max_source_length=48, max_target_length=32
         ),
         train=TrainConfig(
-            steps=960,
+            steps=900,
             global_batch=32,
             micro_batch=8,
             learning_rate=5e-4,
             warmup_steps=60,
             log_every=20,
-            save_every=240,
-            eval_every=240,
+            save_every=300,
+            eval_every=300,
         ),
         eval=EvalConfig(batch_size=64, samples_per_task=100),
     )

@@ -1,8 +1,5 @@
 """What generated weights cost on top of the frozen model: one train step and one 16-token decode, side by side.
 
-    python launch/bench_step.py --out bench_step.jsonl
-    python launch/bench_step.py --out bench_step.jsonl --rounds 9 --cases t5_small
-
 Every system of a case runs in the same process, in turn, round by round, on the same inputs:
 
     floor               the frozen model alone: forward, and backward to its input embeddings (no weight gradients)
@@ -26,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fire
+from command import run
 
 DECODE_TOKENS = 16
 VISION = dict(cells=49, channels=512)
@@ -49,30 +46,38 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(
+def bench_step(
+    *,
     out: str | None = None,
-    cases: str | tuple[str, ...] = tuple(MODELS),
+    cases: str = ",".join(MODELS),
     rounds: int = 5,
     batch: int = 16,
     source: int = 32,
     target: int = 8,
 ) -> None:
-    """Times every system of every case and writes JSON lines (case, system, metric, median, min, max, ratio).
+    """Time every system of every case and write JSON lines (case, system, metric, median, min, max, ratio).
+
+    Examples:
+        python launch/bench_step.py --out bench_step.jsonl
+        python launch/bench_step.py --out bench_step.jsonl --rounds 9 --cases t5_small
 
     Args:
-        out: file for the JSON lines; a table is printed either way.
-        cases: model shapes, of t5_small and bart_6x6_d512.
-        rounds: counted rounds after one warm-up round.
-        batch: samples in a batch.
-        source: source tokens of a sample.
-        target: target tokens of a sample.
+        out: file for the JSON lines; a table is printed either way
+        cases: names separated by commas, of t5_small and bart_6x6_d512
+        rounds: counted rounds after one warm-up round
+        batch: samples in a batch
+        source: source tokens of a sample
+        target: target tokens of a sample
     """
+    names = [name for name in cases.split(",") if name]
+    for name in names:
+        if name not in MODELS:
+            raise ValueError(f"--cases: unknown case {name!r}; allowed are {', '.join(MODELS)}")
+    for flag, value in {"rounds": rounds, "batch": batch, "source": source, "target": target}.items():
+        if value < 1:
+            raise ValueError(f"--{flag} must be at least 1, got {value}")
     import torch
 
-    names = [cases] if isinstance(cases, str) else list(cases)
-    unknown = set(names) - set(MODELS)
-    if unknown:
-        raise SystemExit(f"error: unknown case {sorted(unknown)[0]!r}; allowed are {', '.join(MODELS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds")
@@ -99,9 +104,9 @@ def _rounds(systems: dict[str, Callable[[], None]], rounds: int, device: str) ->
 
     times: dict[str, list[float]] = {name: [] for name in systems}
     for turn in range(rounds + 1):
-        for name, run in systems.items():
+        for name, action in systems.items():
             start = time.perf_counter()
-            run()
+            action()
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn:
@@ -229,4 +234,4 @@ def _drop(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(bench_step)

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; must be
 
 import numpy as np
 import pytest
+import torch
 from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -36,11 +37,13 @@ from hyperpelt_ds.config import (
 )
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data import shards
+from hyperpelt_ds.vision import EfficientNetLite0
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_TASKS = ("movie_sentiment", "movie_rating")
 IMAGE_TASKS = ("easy_vqa", "shape_caption")
-CELLS, CHANNELS = 4, 6
+CELLS, CHANNELS = 4, 16
+VISION = {"encoder": "efficientnet_lite0", "image_size": 4, "stage": "block1"}  # gives 2 x 2 cells of 16 channels
 
 WORDS = re.findall(
     r"\w+",
@@ -102,9 +105,7 @@ def save_manifest(folder: Path, train: int = 48, held_out: int = 12) -> Path:
     features = [
         (f"{split}-{i}", grids[i % len(SHAPES)].astype(np.float16)) for split, n in sizes.items() for i in range(n // 2)
     ]
-    stored = shards.FeatureSet(
-        CELLS, CHANNELS, {"encoder": "efficientnet_lite0"}, shards.write_features(folder, features, 16)
-    )
+    stored = shards.FeatureSet(CELLS, CHANNELS, VISION, shards.write_features(folder, features, 16))
     return shards.write_manifest(folder, tasks, stored, {"about": "tiny"})
 
 
@@ -121,12 +122,21 @@ def manifest_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def config(backbone_folder: Path, manifest_path: Path) -> Config:
+def encoder_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a random image encoder."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("vision") / "random.pth"
+    torch.save(EfficientNetLite0().state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def config(backbone_folder: Path, manifest_path: Path, encoder_file: Path) -> Config:
     """A run of a few seconds over all four tasks: 9 steps of 8 samples, checkpoints at 3, 6 and 9, dropout off."""
     return Config(
         model=ModelConfig(backbone=str(backbone_folder), dropout=0.0),
         hypernet=HypernetConfig(prefix_length=3, embedding_size=8, hidden_size=16, hyper_size=8, bottleneck=4),
-        vision=VisionConfig(encoder="efficientnet_lite0", cells=CELLS, channels=CHANNELS),
+        vision=VisionConfig(**VISION, weights=str(encoder_file), cells=CELLS, channels=CHANNELS),
         data=DataConfig(manifest=str(manifest_path), max_source_length=16, max_target_length=8),
         train=TrainConfig(
             steps=9,
