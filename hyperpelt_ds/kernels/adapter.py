@@ -34,6 +34,10 @@ def adapter(x: Tensor, residual: Tensor, adapters: Sequence[SiteAdapter], activa
         # One weight set a sample, never one a token; a sample without a condition reads row 0 and is scaled by 0.
         rows = part.rows.clamp(min=0)
         gain = (part.scale * (part.rows >= 0)).to(x.dtype).view(-1, 1, 1)
-        hidden = act(torch.baddbmm(part.down_bias[rows].unsqueeze(1), x, part.down[rows]))
-        residual = residual + gain * torch.baddbmm(part.up_bias[rows].unsqueeze(1), hidden, part.up[rows])
+        hidden = act(
+            torch.baddbmm(part.down_bias.index_select(0, rows).unsqueeze(1), x, part.down.index_select(0, rows))
+        )
+        residual = residual + gain * torch.baddbmm(
+            part.up_bias.index_select(0, rows).unsqueeze(1), hidden, part.up.index_select(0, rows)
+        )
     return residual

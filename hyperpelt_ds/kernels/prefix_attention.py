@@ -43,8 +43,8 @@ def prefix_attention(
     for prefix in prefixes:
         rows = prefix.rows.clamp(min=0)
         shape = (batch, -1, heads, size)
-        keys.append(prefix.keys[rows].view(shape).transpose(1, 2))
-        values.append(prefix.values[rows].view(shape).transpose(1, 2))
+        keys.append(prefix.keys.index_select(0, rows).view(shape).transpose(1, 2))
+        values.append(prefix.values.index_select(0, rows).view(shape).transpose(1, 2))
         visible.append((prefix.rows >= 0).view(-1, 1, 1, 1).expand(-1, 1, length, prefix.keys.shape[1]))
     columns = sum(part.shape[-1] for part in visible)
     if mask is None:
