@@ -23,7 +23,8 @@ class ModelConfig:
     backbone: str = ""
     """A local folder or a hub id of a BART, Marian, T5 or mT5 model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the frozen weights and of the activations."""
+    """Type of the frozen weights, and of the activations except where the DeepSpeed JSON asks for autocast while
+    training; validation and generation run without autocast."""
     dropout: float | None = None
     """Dropout inside the backbone while training; None keeps the model's own rates."""
     activation_checkpointing: bool = False
@@ -172,7 +173,10 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 
 def load(path: str | Path) -> Config:
-    return from_dict(json.loads(Path(path).read_text()))
+    try:
+        return from_dict(json.loads(Path(path).read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"configuration {path} cannot be read: {error}") from error
 
 
 def save(config: Config, path: str | Path) -> None:

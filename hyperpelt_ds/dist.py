@@ -25,9 +25,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def has_gpu() -> bool:
+    """Whether to use CUDA: it is there, and DS_ACCELERATOR=cpu does not say otherwise (DeepSpeed heeds it as well)."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def device() -> torch.device:
     """The accelerator of this rank, or the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", local_rank()) if has_gpu() else torch.device("cpu")
 
 
 def barrier() -> None:
@@ -42,13 +47,6 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(values, value)
     return values
-
-
-def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums `tensor` over ranks, in place; returns it."""
-    if torch_dist.is_initialized():
-        torch_dist.all_reduce(tensor)
-    return tensor
 
 
 def agree(name: str, value: Any) -> None:

@@ -5,6 +5,7 @@ It knows no files but a finished run's folder (`load`), and nothing of optimisat
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,10 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Branch, Sample, Weights
 from hyperpelt_ds.data.collate import Collator
 from hyperpelt_ds.hypernet import HyperNetwork
+from hyperpelt_ds.tasks import needs_image
 from hyperpelt_ds.vision import VisionEncoder, load_encoder
+
+IDENTITY = "identity.json"
 
 
 class Output(NamedTuple):
@@ -107,16 +111,20 @@ def _total(branch: Branch) -> Tensor:
 def build(config: Config, tasks: Sequence[str]) -> HyperPELT:
     """The model of a configuration, with the hypernetwork drawn from train.seed; the caller's RNG is untouched."""
     backbone = load_backbone(config.model, config.hypernet.activation)
+    for name in ("max_source_length", "max_target_length"):
+        length = getattr(config.data, name)
+        if backbone.positions is not None and length > backbone.positions:
+            raise ValueError(f"data.{name} is {length}, but {config.model.backbone} has {backbone.positions} positions")
     with torch.random.fork_rng():
         torch.manual_seed(config.train.seed)
         return HyperPELT(config, backbone, tasks)
 
 
 class Predictor:
-    """A trained run, ready to generate."""
+    """A trained run, ready to generate. `made_with` describes the encoder of the features that it was trained on."""
 
-    def __init__(self, config: Config, model: HyperPELT):
-        self.config, self.model = config, model.eval()
+    def __init__(self, config: Config, model: HyperPELT, made_with: dict[str, Any] | None = None):
+        self.config, self.model, self.made_with = config, model.eval(), made_with
         vision = config.vision
         has_images = vision.encoder is not None
         self.collator = Collator(
@@ -150,6 +158,9 @@ class Predictor:
         unknown = sorted(set(names) - set(self.model.tasks))
         if unknown:
             raise ValueError(f"unknown task {unknown[0]!r}; this run was trained on {', '.join(self.model.tasks)}")
+        blind = [name for name, picture in zip(names, pictures, strict=True) if picture is None and needs_image(name)]
+        if blind:
+            raise ValueError(f"task {blind[0]!r} needs an image with every text")
         if not texts:
             return []
         distinct: dict[Any, str] = {}
@@ -176,6 +187,9 @@ class Predictor:
             raise ValueError("an image was given, but this run was trained without images (vision.encoder is not set)")
         if self._encoder is None:
             self._encoder = load_encoder(self.config.vision)
+            made_with, now = self.made_with or {}, self._encoder.describe()
+            if any(key in made_with and made_with[key] != value for key, value in now.items()):
+                raise ValueError(f"the run was trained on features of {made_with}, but vision.* now gives {now}")
         return self._encoder.encode([_open(image) for image in images])
 
 
@@ -187,7 +201,9 @@ def _open(image: Image.Image | str | Path) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     try:
-        return Image.open(image)
+        opened = Image.open(image)
+        opened.load()  # only this reads the pixels
+        return opened
     except OSError as error:
         raise ValueError(f"cannot read image {str(image)!r}: {error}") from error
 
@@ -203,6 +219,9 @@ def load(run_dir: str | Path, device: str | torch.device = "cpu") -> Predictor:
     config = configs.load(folder / "config.json")
     weights = weights_file(folder)
     model = build(config, config.data.tasks)
+    identity = identity_of(folder)
+    if model.backbone.fingerprint() != identity["backbone"]:
+        raise ValueError(f"{folder} was trained on another backbone than {config.model.backbone} now holds")
     state = load_file(weights)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -210,7 +229,16 @@ def load(run_dir: str | Path, device: str | torch.device = "cpu") -> Predictor:
         names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         raise ValueError(f"{weights} does not fit {folder / 'config.json'}: {', '.join(names[:5])} differ")
     model.load_state_dict(state)
-    return Predictor(config, model.to_device(torch.device(device)))
+    return Predictor(config, model.to_device(torch.device(device)), identity["encoder"])
+
+
+def identity_of(run_dir: Path) -> dict[str, Any]:
+    """What a run was trained on: fingerprint of the backbone, digest of the manifest, description of the encoder."""
+    try:
+        identity: dict[str, Any] = json.loads((run_dir / IDENTITY).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{run_dir / IDENTITY} cannot be read: {error}") from error
+    return identity
 
 
 def weights_file(run_dir: Path) -> Path:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -75,7 +77,10 @@ def load_encoder(config: VisionConfig) -> VisionEncoder:
 
         if config.stage is not None:
             raise ValueError(f"vision.stage: clip has no stages to choose from, got {config.stage!r}")
-        grid, weights = clip.load_clip(config.weights, config.image_size)
+        try:
+            grid, weights = clip.load_clip(config.weights, config.image_size)
+        except OSError as error:
+            raise ValueError(f"vision.weights: cannot load {config.weights!r}: {str(error).splitlines()[0]}") from error
         return VisionEncoder(about, grid, weights, (clip.MEAN, clip.STD))
     if config.encoder == "efficientnet_lite0":
         lite, stage = EfficientNetLite0(), config.stage or "head"
@@ -117,7 +122,10 @@ def _fill(model: nn.Module, path: str) -> None:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"vision.weights: no file {path}")
-    tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    try:
+        tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"vision.weights: {path} is damaged or no file of weights: {str(error)[:200]}") from None
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:  # torch lists every name that does not fit; the first line or two tell enough

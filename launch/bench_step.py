@@ -76,9 +76,13 @@ def bench_step(
     for flag, value in {"rounds": rounds, "batch": batch, "source": source, "target": target}.items():
         if value < 1:
             raise ValueError(f"--{flag} must be at least 1, got {value}")
+    if out and not Path(out).resolve().parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {Path(out).parent}")
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from hyperpelt_ds import dist
+
+    device = dist.device().type
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds")
     lines = []

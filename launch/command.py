@@ -40,19 +40,25 @@ def _checked(function: Callable[..., None], arguments: list[str]) -> list[str]:
     """
     if any(argument in ("--help", "-h") for argument in arguments):
         return ["--help"]
-    flags = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    parameters = inspect.signature(function).parameters
+    takes_words = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    flags = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     checked, given, rest = [], set(), iter(arguments)
     for argument in rest:
         name, has_value, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not argument.startswith("--"):
+            if not takes_words:
+                raise ValueError(f"unexpected {argument!r}; a value with spaces needs quotes")
             checked.append(repr(argument))
             continue
         if name not in flags:
             near = difflib.get_close_matches(name, flags, 2, 0.4) or list(flags)
             raise ValueError(f"unknown flag --{name}; did you mean {', '.join('--' + n for n in near)}?")
         if not has_value:
-            value = "True" if flags[name].annotation == "bool" else next(rest, "")
+            value = "True" if flags[name].annotation == "bool" else next(rest, "--")
+            if value == "--" or (value.removeprefix("--").partition("=")[0] in flags and value.startswith("--")):
+                raise ValueError(f"--{name} needs a value")
         checked.append(f"--{name}={_literal(name, flags[name].annotation, value)}")
         given.add(name)
     missing = [f"--{n}" for n, p in flags.items() if p.default is p.empty and n not in given]

@@ -303,3 +303,17 @@ def test_generated_tensors_are_all_used(kind):
     run(backbone, weights, batch).logsumexp(-1).sum().backward()
     assert all(tensor.grad.abs().sum() > 0 for tensor in tensors(weights))
     assert isinstance(weights.branches[0], Branch)
+
+
+def test_the_published_models_own_generation_settings_are_left_out(kind):
+    plain = Backbone(tiny_model(kind), None)
+    model = tiny_model(kind)
+    model.generation_config.update(min_length=5, no_repeat_ngram_size=1, forced_bos_token_id=7, length_penalty=9.0)
+    batch = tiny_batch(model)
+    outputs = []
+    for backbone in (plain, Backbone(model, None)):
+        weights = tiny_hypernet(backbone)(batch)
+        outputs.append(backbone.generate(weights, batch.input_ids, batch.attention_mask, 6, 2))
+    assert torch.equal(*outputs)
+    with pytest.raises(ValueError, match="num_beams must be at least 1"):
+        plain.generate(None, batch.input_ids, batch.attention_mask, 6, 0)

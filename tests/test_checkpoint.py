@@ -118,15 +118,18 @@ def test_no_valid_checkpoint_among_some_is_an_error_and_not_a_new_start(run_dir)
 def saved(finished_run) -> tuple[Path, dict]:
     """A checkpoint, and the arguments under which it can be continued."""
     folder = finished_run(2) / "step_00000009"
-    backbone = json.loads((folder / "state.json").read_text())["backbone"]
+    state = json.loads((folder / "state.json").read_text())
+    same = {"backbone": state["backbone"], "precision": state["precision"]}
     config = load_config(finished_run(2) / "config.json")
-    return folder, {"config": config, "backbone": backbone, "world_size": 2, "zero_stage": 2}
+    return folder, {"config": config, **same, "world_size": 2, "zero_stage": 2}
 
 
-def test_the_same_run_may_go_on_and_may_train_longer(saved):
+def test_the_same_run_may_go_on_with_another_cadence_and_micro_batch(saved):
     folder, run = saved
     checkpoint.check(folder, **run)
-    longer = run["config"].override(["train.steps=50", "train.micro_batch=1", "train.patience=3", "eval.num_beams=4"])
+    longer = run["config"].override(
+        ["train.keep_checkpoints=5", "train.micro_batch=1", "train.patience=3", "eval.num_beams=4"]
+    )
     checkpoint.check(folder, **{**run, "config": longer})
 
 
@@ -147,7 +150,14 @@ def test_another_task_list_is_refused_and_both_are_shown(saved):
 
 @pytest.mark.parametrize(
     "change",
-    ["train.learning_rate=0.5", "train.seed=1", "hypernet.bottleneck=5", "data.temperature=1.0", "model.dropout=0.2"],
+    [
+        "train.learning_rate=0.5",
+        "train.steps=50",
+        "train.seed=1",
+        "hypernet.bottleneck=5",
+        "data.temperature=1.0",
+        "model.dropout=0.2",
+    ],
 )
 def test_a_change_that_makes_it_another_run_is_refused_and_named(saved, change):
     folder, run = saved
@@ -156,7 +166,8 @@ def test_a_change_that_makes_it_another_run_is_refused_and_named(saved, change):
 
 
 @pytest.mark.parametrize("change, message", [({"world_size": 4}, "processes 2, this run has 4"),
-                                             ({"zero_stage": 3}, "ZeRO stage 2, this run has 3")])  # fmt: skip
+                                             ({"zero_stage": 3}, "ZeRO stage 2, this run has 3"),
+                                             ({"precision": {"bf16": {}}}, "saved with precision")])  # fmt: skip
 def test_another_world_size_or_stage_is_refused(saved, change, message):
     folder, run = saved
     with pytest.raises(ValueError, match=message):

@@ -73,6 +73,8 @@ def test_help_shows_examples_and_every_flag_and_loads_nothing_heavy(name, run_py
     (["--recipe", "demo", "--ds_confg", "x"], "unknown flag --ds_confg; did you mean --ds_config?"),
     (["--recipe", "demo"], "missing --ds_config, --run_dir; --help shows an example"),
     (["--recipe=demo", "--ds_config=x", "--run_dir=y", "--resume=maybe"], "--resume is a switch"),
+    (["--recipe=demo", "--ds_config=x", "--run_dir", "--resume"], "--run_dir needs a value"),
+    (["--recipe=demo", "--ds_config=x", "--run_dir"], "--run_dir needs a value"),
 ])  # fmt: skip
 def test_a_wrong_flag_is_one_line(call, arguments, message):
     code, _, err = call(script("train").train, *arguments)
@@ -127,6 +129,16 @@ def test_a_text_reaches_its_command_as_it_was_typed(call, text):
     assert seen == [(("a=1,2",), text, -3, True)]
 
 
+def test_a_word_too_many_is_refused_before_anything_runs(call):
+    ran = []
+
+    def command(*, text: str) -> None:
+        ran.append(text)
+
+    code, _, err = call(command, "--text", "good", "film")
+    assert code == 2 and "unexpected 'film'" in err and not ran
+
+
 def test_a_librarys_value_error_keeps_its_traceback(call):
     def command() -> None:
         json.loads("{")
@@ -154,8 +166,8 @@ def test_evaluate_writes_every_column_and_prints_the_table(call, finished_run, t
     assert list(results["tasks"]) == ["movie_sentiment", "movie_rating", "easy_vqa", "shape_caption"]
     assert 0 < results["trainable"] < results["total"] and results["seconds"] > 0
     for name, row in results["tasks"].items():
-        assert {"metric", "score", "low", "high", "baseline", "bag_of_words", "shuffled_task", "shuffled_image", "n",
-                "groups"} == row.keys()  # fmt: skip
+        assert {"metric", "score", "low", "high", "baseline", "bag_of_words", "shuffled_task", "shuffled_image",
+                "shuffled_n", "n", "groups"} == row.keys()  # fmt: skip
         assert row["n"] == 12 and 0 <= row["low"] <= row["score"] <= row["high"] <= 1
         assert (row["bag_of_words"] is None) == (row["shuffled_image"] is not None), "text has words, vision has images"
         assert name in out
@@ -220,3 +232,20 @@ def test_a_recipe_names_itself_and_passes_its_own_checks(tmp_path):
         assert recipes.get(name).recipe == name
         assert recipes.get(name).override([]) == recipes.get(name)
         assert "ds_configs/" in (recipes.RECIPES[name].__doc__ or ""), "the docstring gives the command"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2_offload"])
+def test_the_deepspeed_files_meant_for_gpus_train_alike_on_cpus_too(run_python, config, finished_run, tmp_path, name):
+    done = run_python(
+        *("deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "launch/train.py", "--recipe", "demo"),
+        *("--ds_config", f"ds_configs/{name}.json", "--run_dir", tmp_path / "run", *overrides(config)),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "run" / "step_00000009" / "weights.safetensors").is_file()
+    losses = [
+        [line["train/loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "train/loss" in line]
+        for run in (tmp_path / "run", finished_run(2))
+    ]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=0.05)  # bf16 and no dropout, against fp32 with dropout
+    assert losses[0][-1] < losses[0][0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import CELLS, CHANNELS, KINDS, pick, tensors, tiny_batch, tiny_hypernet, tiny_model
+from tiny import CELLS, CHANNELS, KINDS, pick, tiny_batch, tiny_hypernet, tiny_model
 
 from hyperpelt_ds.backbones import Backbone
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.contracts import Weights
+from hyperpelt_ds.contracts import Branch, Weights
 from hyperpelt_ds.model import HyperPELT, weights_file
 
 
@@ -106,13 +106,25 @@ def test_weights_are_generated_exactly_once_for_a_whole_generation(beams):
 def test_generated_weights_equal_weights_stored_beforehand():
     model = tiny().eval()
     batch = tiny_batch(model.backbone.model)
-    weights = model.hypernet(batch)
-    stored = [tensor.detach().clone() for tensor in tensors(weights)]
-    for tensor, copy in zip(tensors(weights), stored, strict=True):
-        tensor.data = copy
-    materialised = model.backbone.forward(weights, batch.input_ids, batch.attention_mask, batch.labels)
-    direct = model.backbone.forward(model.hypernet(batch), batch.input_ids, batch.attention_mask, batch.labels)
-    assert isinstance(weights, Weights) and torch.equal(materialised, direct)
+    alone = [model.hypernet(pick(batch, row)) for row in range(4)]  # each sample's weights, made and kept one by one
+
+    def stack(branch: int, module: str) -> tuple[torch.Tensor, ...]:
+        parts = [getattr(weights.branches[branch], module) for weights in alone]
+        tensors = [torch.cat(columns, 1).detach() for columns in zip(*(part[:4] for part in parts), strict=True)]
+        return type(parts[0])(
+            *tensors, *(part.detach() for part in parts[0][4:])
+        )  # an adapter's scale has no condition
+
+    rows = torch.arange(4), torch.where(batch.image_rows < 0, -1, torch.arange(4))
+    stored = Weights(
+        tuple(Branch(rows[i], stack(i, "prefix"), stack(i, "adapter")) for i in range(2)), alone[0].norms.detach()
+    )
+
+    def logits(weights: Weights | None) -> torch.Tensor:
+        return model.backbone.forward(weights, batch.input_ids, batch.attention_mask, batch.labels)
+
+    assert torch.allclose(logits(stored), logits(model.hypernet(batch)), atol=1e-4)
+    assert not torch.allclose(logits(stored), logits(None), atol=1e-1)
 
 
 def test_label_smoothing_counts_while_training_only():

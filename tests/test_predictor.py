@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +18,13 @@ TEXTS = ["what color is the shape", "a good film", "what does the image contain"
 
 @pytest.fixture(scope="module")
 def run(finished_run):
-    return hyperpelt_ds.load(finished_run(2))
+    """A trained run whose weights are then shaken: nine steps teach it to answer nothing, whatever it is asked."""
+    run = hyperpelt_ds.load(finished_run(2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +44,7 @@ def test_a_mixed_call_answers_as_each_text_alone_would_be_answered(run, pictures
         for task, text, picture in zip(TASKS, TEXTS, pictures, strict=True)
     ]
     assert together == alone
+    assert len(set(together)) > 1 and any(together), "answers differ by task, text and image"
     assert run.generate("movie_rating", [], num_beams=beams) == []
 
 
@@ -82,3 +91,20 @@ def test_a_folder_that_is_no_run_or_whose_weights_do_not_fit_is_refused(finished
         ValueError, match=r"weights\.safetensors does not fit .*config\.json: hypernet\.norms\.values differ"
     ):
         hyperpelt_ds.load(folder)
+
+
+def test_a_run_is_refused_with_another_backbone_or_image_encoder_than_it_was_trained_with(finished_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run(2), folder)
+    identity = json.loads((folder / "identity.json").read_text())
+    (folder / "identity.json").write_text(json.dumps({**identity, "backbone": "0" * 64}))
+    with pytest.raises(ValueError, match="was trained on another backbone"):
+        hyperpelt_ds.load(folder)
+    (folder / "identity.json").write_text(json.dumps({**identity, "encoder": {"sha256": "of other weights"}}))
+    with pytest.raises(ValueError, match=r"trained on features of .*of other weights"):
+        hyperpelt_ds.load(folder).generate("easy_vqa", ["what"], [Image.new("RGB", (4, 4))])
+
+
+def test_a_task_with_images_is_not_answered_without_one(run):
+    with pytest.raises(ValueError, match="task 'easy_vqa' needs an image"):
+        run.generate(["movie_rating", "easy_vqa"], ["good", "what color"])

@@ -40,6 +40,7 @@ class Backbone:
         self.slot = Slot()
         family = family_of(model.config.model_type, str(model.config.name_or_path))
         model.requires_grad_(False).eval()
+        model.generation_config = _plain_generation(model.config)
         model.set_attn_implementation(attention.NAME)
         attentions, ffns = list(family.attentions(model)), list(family.ffns(model))
         for number, (_, module) in enumerate(attentions):
@@ -61,6 +62,12 @@ class Backbone:
             model_size=model.config.d_model,
             norms=len(self._norms),
         )
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence it can take; None if there is no limit (T5)."""
+        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return limit
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,12 +97,14 @@ class Backbone:
         only their logits are made: (N, vocabulary). Without weights this is the plain model.
         """
         self._load(weights)
-        self._targets = targets
         decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
-        )
-        self._targets = None
+        self._targets = targets
+        try:
+            output = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
+            )
+        finally:
+            self._targets = None
         return cast(Tensor, output.logits)
 
     @torch.no_grad()
@@ -112,17 +121,16 @@ class Backbone:
         The model's own generation settings (length penalties, forced or forbidden tokens) are left out: they
         belong to what the model was published for, not to the tasks trained here.
         """
+        if num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, got {num_beams}")
         self._load(weights)
-        config = self.model.config
-        settings = GenerationConfig(
+        generated = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             do_sample=False,
-            pad_token_id=config.pad_token_id,
-            eos_token_id=config.eos_token_id,
-            decoder_start_token_id=config.decoder_start_token_id,
         )
-        generated = self.model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings)
         return cast(Tensor, generated)
 
     def decode(self, ids: Tensor) -> list[str]:
@@ -154,6 +162,17 @@ class Backbone:
         values = self.initial_norms if values is None else values.to(self.initial_norms.dtype)
         for (module, name), value in zip(self._norms, values.unbind(), strict=True):
             setattr(module, name, value)
+
+
+def _plain_generation(config: Any) -> GenerationConfig:
+    """Only the special tokens: transformers fills every setting that a call leaves open from the model's own."""
+    pad, end = config.pad_token_id, config.eos_token_id
+    return GenerationConfig(
+        pad_token_id=pad,
+        eos_token_id=end,
+        decoder_start_token_id=config.decoder_start_token_id,
+        suppress_tokens=[pad] if pad != end else None,  # published Marian models forbid it too: it has a likely logit
+    )
 
 
 def family_of(model_type: str, where: str) -> Family:

@@ -74,13 +74,14 @@ class Collator:
         )
 
     def _sources(self, samples: Sequence[Sample]) -> list[list[int]]:
-        encoded = self.tokenizer([s.source for s in samples], truncation=True, max_length=self.max_source_length)
-        # only a source that fills the limit can have been cut; the rest that was cut off tells
-        self.truncated += sum(
-            len(tokens) == self.max_source_length and bool(encoding.overflowing)
-            for tokens, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True)
-        )
-        return encoded["input_ids"]
+        texts = [sample.source for sample in samples]
+        rows = self.tokenizer(texts, truncation=True, max_length=self.max_source_length)["input_ids"]
+        # only a source that fills the limit can have been cut; slow tokenizers do not say, so these are made again
+        full = [text for text, row in zip(texts, rows, strict=True) if len(row) == self.max_source_length]
+        if full:
+            whole = self.tokenizer(full, truncation=False, verbose=False)["input_ids"]
+            self.truncated += sum(len(row) > self.max_source_length for row in whole)
+        return rows
 
     def targets(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Token ids of the samples' targets; raises ValueError naming a sample whose target is too long."""

@@ -24,7 +24,7 @@ from hyperpelt_ds.contracts import Batch, Sample, StreamState
 from hyperpelt_ds.data.collate import Collator, collator_for
 from hyperpelt_ds.data.order import Order, mixture
 from hyperpelt_ds.data.reader import Reader
-from hyperpelt_ds.data.shards import MANIFEST, Manifest
+from hyperpelt_ds.data.shards import MANIFEST, Manifest, read_index
 
 TRAIN, VALIDATION = "train", "validation"
 Place = tuple[str, int]  # a task and the index of one of its samples
@@ -169,6 +169,9 @@ def check_samples(manifest: Manifest, tasks: Sequence[str], collator: Collator, 
     each would otherwise stop the run only when it is first drawn.
     """
     reader = Reader(manifest)
+    if collator.grid and manifest.features:
+        for shard in manifest.features.shards:  # one image of each, for the shape
+            reader.image(read_index(manifest.folder / shard.path).keys[0])
     for task, split in itertools.product(tasks, (TRAIN, VALIDATION)):
         own = range(rank, manifest.count(task, split), world_size)
         for start in range(0, len(own), 1024):

@@ -270,6 +270,9 @@ class Manifest:
             raise ValueError(
                 f"shard {shard.path}: index differs from the manifest: {index_path(tar)} has sha256 {found}"
             )
+        indexed = len(read_index(tar).keys)
+        if indexed != shard.samples:
+            raise ValueError(f"shard {shard.path}: the manifest says {shard.samples} samples, its index has {indexed}")
 
 
 def _write(folder: Path, stem: str, samples: Iterable[tuple[str, dict[str, bytes]]], per_shard: int) -> list[Shard]:

@@ -7,7 +7,7 @@ import difflib
 from hyperpelt_ds.tasks.demo import DEMO
 from hyperpelt_ds.tasks.task import Task
 
-__all__ = ["TASKS", "Task", "get"]
+__all__ = ["TASKS", "Task", "get", "needs_image"]
 
 TASKS: dict[str, Task] = {task.name: task for task in DEMO}
 
@@ -18,3 +18,8 @@ def get(name: str) -> Task:
         near = difflib.get_close_matches(name, TASKS, 3, 0.4) or list(TASKS)
         raise ValueError(f"unknown task {name!r}; did you mean {', '.join(near)}?")
     return TASKS[name]
+
+
+def needs_image(name: str) -> bool:
+    """Whether every sample of the task comes with an image."""
+    return get(name).modality == "vision"

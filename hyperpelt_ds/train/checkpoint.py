@@ -41,7 +41,8 @@ MANIFEST = "MANIFEST.json"
 LATEST = "LATEST"
 
 # What may differ between a run and its continuation: places (what lies there is checked by content), when things
-# happen, and how a step's work is cut up. All else would quietly make it another run.
+# happen, and how a step's work is cut up. All else would quietly make it another run; so would the number of steps,
+# unless the learning rate is constant.
 _FREE_TO_CHANGE = [
     "recipe",
     "model.backbone",
@@ -49,7 +50,6 @@ _FREE_TO_CHANGE = [
     "vision.weights",
     "data.manifest",
     "data.workers",
-    "train.steps",
     "train.micro_batch",
     "train.log_every",
     "train.save_every",
@@ -99,6 +99,7 @@ def save(run_dir: Path, engine: Engine, progress: Progress, config: Config, back
             "progress": dataclasses.asdict(progress),
             "world_size": dist.world_size(),
             "zero_stage": engine.stage,
+            "precision": engine.precision,
             "backbone": backbone,
             "config": configuration.to_dict(config),
         }
@@ -146,9 +147,11 @@ def newest(run_dir: Path) -> Path | None:
     return found
 
 
-def check(folder: Path, config: Config, backbone: str, world_size: int, zero_stage: int) -> None:
+def check(
+    folder: Path, config: Config, backbone: str, world_size: int, zero_stage: int, precision: dict[str, Any]
+) -> None:
     """Raises ValueError naming what differs if a verified checkpoint cannot be continued by the run described: another
-    backbone, task list, configuration, number of ranks or ZeRO stage."""
+    backbone, task list, configuration, number of ranks, ZeRO stage or precision."""
     state = _read_state(folder)
     if state["backbone"] != backbone:
         raise ValueError(
@@ -158,13 +161,15 @@ def check(folder: Path, config: Config, backbone: str, world_size: int, zero_sta
     saved, now = _flat(state["config"]), _flat(configuration.to_dict(config))
     if saved["data.tasks"] != now["data.tasks"]:
         raise ValueError(f"{folder} was trained on tasks {saved['data.tasks']}, this run has {now['data.tasks']}")
-    changed = [name for name in now if name not in _FREE_TO_CHANGE and saved.get(name) != now[name]]
+    free = [*_FREE_TO_CHANGE, "train.steps"] if config.train.schedule == "constant" else _FREE_TO_CHANGE
+    changed = [name for name in now if name not in free and saved.get(name) != now[name]]
     if changed:
         differences = ", ".join(f"{name} was {saved.get(name)!r}, is {now[name]!r}" for name in changed)
         raise ValueError(f"{folder} belongs to another run: {differences}; start a new run_dir for these")
     for what, old, new in (
         ("processes", state["world_size"], world_size),
         ("ZeRO stage", state["zero_stage"], zero_stage),
+        ("precision", state["precision"], precision),
     ):
         if old != new:
             raise ValueError(f"{folder} was saved with {what} {old}, this run has {new}; resume it with {old}")
@@ -233,7 +238,7 @@ def _random_state() -> dict[str, Any]:
         "python": [version, list(numbers), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": _encode(torch.get_rng_state()),
-        "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+        "cuda": _encode(torch.cuda.get_rng_state()) if dist.has_gpu() else None,
     }
 
 
@@ -242,7 +247,7 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(_decode(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and dist.has_gpu():
         torch.cuda.set_rng_state(_decode(state["cuda"]))
 
 

@@ -54,6 +54,8 @@ _SECTIONS = [
     "zero_force_ds_cpu_optimizer",
 ]
 
+_PRECISION = ["bf16", "fp16", "torch_autocast", "data_types"]
+
 # For a JSON that does not mention them. DeepSpeed's own defaults are: accumulate in the model's type (bf16 loses small
 # gradients), only warn when ranks save under different tags, and default process printing.
 _DEFAULTS: dict[str, Any] = {
@@ -71,7 +73,7 @@ def start_distributed() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's name for it
-    if torch.cuda.is_available():
+    if dist.has_gpu():
         torch.cuda.set_device(dist.device())
     _deepspeed().init_distributed(timeout=timedelta(minutes=30), auto_mpi_discovery=False, verbose=False)
 
@@ -141,8 +143,10 @@ def learning_rate_factor(train: TrainConfig) -> Callable[[int], float]:
 class Engine:
     """The trainables under DeepSpeed. All methods are called by every rank together."""
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Any, precision: dict[str, Any]):
         self._engine = engine
+        self.precision = precision
+        """The sections of the DeepSpeed configuration that decide in which type things are computed."""
         self.model: nn.Module = engine.module
         self.stage = int(engine.zero_optimization_stage())
         self._gradient_norm = torch.zeros(())
@@ -157,11 +161,15 @@ class Engine:
             self._engine.step()  # only counts the micro-batch
 
     def step(self) -> bool:
-        """Applies the accumulated gradient; False if DeepSpeed skipped it because it was not finite."""
-        if self.stage == 0:
-            self._gradient_norm = _norm(self.model)  # without ZeRO the engine clips and forgets it
+        """Applies the accumulated gradient; False if it was not finite, and no weight was changed."""
+        finite = True
+        if self.stage == 0:  # without ZeRO the engine clips and forgets the norm, and tests nothing
+            self._gradient_norm = _norm(self.model)
+            finite = bool(self._gradient_norm.isfinite())
+            for parameter in self.model.parameters() if not finite else ():
+                parameter.grad = None
         self._engine.step()
-        return bool(self._engine.was_step_applied())
+        return finite and bool(self._engine.was_step_applied())
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient over all trainables, before clipping. Waits for the device."""
@@ -213,7 +221,7 @@ def start(model: nn.Module, config: Config, ds_config_path: str | Path) -> Engin
     except ValidationError as error:  # what DeepSpeed's own sections say of an unknown or ill-typed key
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ValueError(f"{ds_config_path}: {faults}") from None
-    return Engine(engine)
+    return Engine(engine, {key: settings[key] for key in _PRECISION if key in settings})
 
 
 @functools.cache
@@ -221,7 +229,7 @@ def _deepspeed() -> ModuleType:
     """DeepSpeed, imported late (it takes seconds) and after its environment: it looks for `ninja` on PATH, which a
     venv that was not activated lacks, and probes for accelerators unless told."""
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-    if not torch.cuda.is_available():
+    if not dist.has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 

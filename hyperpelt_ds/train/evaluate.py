@@ -23,7 +23,7 @@ from hyperpelt_ds.data.collate import Collator, collator_for
 from hyperpelt_ds.data.loader import evaluation_batches, read_texts
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.data.shards import Manifest
-from hyperpelt_ds.model import HyperPELT, load
+from hyperpelt_ds.model import HyperPELT, identity_of, load
 from hyperpelt_ds.tasks import baselines, metrics
 from hyperpelt_ds.train import engine
 
@@ -41,8 +41,8 @@ def validate(
     Every rank calls it and gets the same result. The model must be in eval mode. A task without samples in the split is
     left out.
     """
-    names = config.data.tasks
-    collator = collator_for(config, names, model.backbone.tokenizer)
+    collator = collator_for(config, config.data.tasks, model.backbone.tokenizer)
+    names = [name for name in config.data.tasks if manifest.count(name, split)]
     ranks = dist.rank(), dist.world_size()
     batches = evaluation_batches(manifest, split, names, collator, config.eval.batch_size, *ranks, limit)
     answers = _answer(model, batches, config)
@@ -71,12 +71,18 @@ def evaluate(
     for a task or split that it does not have.
     """
     start = time.monotonic()
+    if out is not None and not Path(out).resolve().parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {Path(out).parent}")
     if dist.world_size() > 1:
         engine.start_distributed()
     run = load(run_dir, dist.device())
     config, model = run.config, run.model
     names = _known(names, config.data.tasks, run_dir)
     manifest = Manifest.load(config.data.manifest)
+    if manifest.digest != identity_of(Path(run_dir))["manifest"]:
+        raise ValueError(
+            f"{run_dir} was trained on other data than {config.data.manifest} now holds: splits may differ"
+        )
     collator = collator_for(config, config.data.tasks, model.backbone.tokenizer)
     reader = Reader(manifest)
     rows: dict[str, Any] = {}
@@ -168,6 +174,7 @@ def _row(
         "bag_of_words": float(np.mean(words)) if words else None,
         "shuffled_task": float(np.mean(metrics.score(task, other_task, some))) if other_task else None,
         "shuffled_image": float(np.mean(metrics.score(task, other_image, some))) if other_image else None,
+        "shuffled_n": len(some),
         "groups": {group: part([i for i, s in enumerate(samples) if s.group == group]) for group in groups},
     }
 

@@ -27,7 +27,7 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.data.loader import TrainStream, check_samples
 from hyperpelt_ds.data.shards import Manifest
-from hyperpelt_ds.model import HyperPELT, build
+from hyperpelt_ds.model import IDENTITY, HyperPELT, build
 from hyperpelt_ds.train import checkpoint, engine, evaluate
 from hyperpelt_ds.train.checkpoint import Progress
 from hyperpelt_ds.train.engine import Engine
@@ -84,6 +84,8 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         configuration.save(config, folder / "config.json")
+        identity = {"backbone": backbone, "manifest": manifest.digest, "encoder": _encoder(manifest)}
+        (folder / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
         (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
     _steps(Run(config, folder, manifest, model, wrapped, stream, backbone), progress)
     return model
@@ -95,11 +97,26 @@ def resolve(config: Config, manifest: Manifest) -> Config:
     for name in names:
         if not manifest.count(name, "train"):
             raise ValueError(f"task {name!r} has no samples in the train split of {config.data.manifest}")
-        if tasks.get(name).modality != "text" and config.vision.encoder is None:
+        if tasks.needs_image(name) and config.vision.encoder is None:
             raise ValueError(f"task {name!r} needs images, but vision.encoder is not set")
     if not any(manifest.count(name, VALIDATION) for name in names):
         raise ValueError(f"no task of the run has samples in the {VALIDATION} split of {config.data.manifest}")
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tasks=names))
+    data, model, vision = config.data, config.model, config.vision
+    return dataclasses.replace(  # local paths in full, so that the run can be loaded from anywhere
+        config,
+        data=dataclasses.replace(data, tasks=names, manifest=_absolute(data.manifest)),
+        model=dataclasses.replace(model, backbone=_absolute(model.backbone)),
+        vision=dataclasses.replace(vision, weights=vision.weights and _absolute(vision.weights)),
+    )
+
+
+def _absolute(place: str) -> str:
+    """A local path in full; a hub id as it is."""
+    return str(Path(place).resolve()) if Path(place).exists() else place
+
+
+def _encoder(manifest: Manifest) -> dict[str, object] | None:
+    return manifest.features.encoder if manifest.features else None
 
 
 def _resume(folder: Path, wrapped: Engine, config: Config, backbone: str) -> Progress | None:
@@ -107,7 +124,7 @@ def _resume(folder: Path, wrapped: Engine, config: Config, backbone: str) -> Pro
     found = checkpoint.newest(folder)
     if found is None:
         return None
-    checkpoint.check(found, config, backbone, dist.world_size(), wrapped.stage)
+    checkpoint.check(found, config, backbone, dist.world_size(), wrapped.stage, wrapped.precision)
     log.info("resuming from %s", found)
     return checkpoint.load(found, wrapped)
 
@@ -145,6 +162,7 @@ def _steps(run: Run, progress: Progress) -> None:
         last = step == train.steps
         if step % train.log_every == 0 or last:
             values = window.read()
+            values["data/truncated"] = sum(dist.gather(run.stream.truncated))
             values["train/learning_rate"] = learning_rate
             values["train/gradient_norm"] = run.engine.gradient_norm()
             writer.write(step, values)
@@ -235,6 +253,6 @@ def _environment() -> dict[str, object]:
         "platform": platform.platform(),
         "packages": {name: metadata.version(name) for name in packages},
         "world_size": dist.world_size(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if dist.has_gpu() else platform.processor() or "cpu",
         "threads": os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()),
     }

@@ -8,6 +8,7 @@ The only file that writes TensorBoard events. Both files get the same names. It 
     perf/samples_per_second, perf/tokens_per_second   over all ranks; tokens are real source and target tokens
     perf/memory_gib                     peak of the busiest rank: device memory, or the process's on a CPU
     data/padding_share                  share of the batches' token places that were padding
+    data/truncated                      sources cut at data.max_source_length since this process began, over all ranks
     data/wait_fraction                  share of the time spent waiting for batches
     eval/<task>/<metric>, eval/mean     on the validation split
 """
@@ -131,6 +132,6 @@ def _drop_after(lines: Path, step: int) -> None:
 
 
 def _memory() -> float:
-    if torch.cuda.is_available():
+    if dist.has_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
