@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -156,3 +157,28 @@ def test_collator_of_a_run_takes_images_only_with_an_encoder():
     assert (plain.grid, plain.max_source_length, plain.max_target_length) == (None, 5, 6)
     settings["vision"]["encoder"] = "any"
     assert collator_for(from_dict(settings), TASKS, TOKENIZER).grid == (3, 2)
+
+
+def test_the_slow_tokenizer_of_published_marian_models_works_and_counts_cut_sources(tmp_path):
+    import sentencepiece
+    from transformers import MarianTokenizer
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the film is good\na bad film\nthe story is dull and the film is long\n" * 20)
+    for side in ("source", "target"):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(corpus), model_prefix=str(tmp_path / side), vocab_size=40, hard_vocab_limit=False, minloglevel=2
+        )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "source.model"))
+    vocabulary = {pieces.id_to_piece(i): i + 3 for i in range(3, len(pieces))}
+    special = {"</s>": 0, "<unk>": 1, "<pad>": 2}
+    (tmp_path / "vocab.json").write_text(json.dumps(special | vocabulary))
+    tokenizer = MarianTokenizer(
+        str(tmp_path / "source.model"), str(tmp_path / "target.model"), str(tmp_path / "vocab.json")
+    )
+    assert not tokenizer.is_fast
+    collator = Collator(tokenizer, ["a"], 6, 16, None, None)
+    samples = [Sample("1", "a", "a", "good"), Sample("2", "a", "the story is dull and long " * 3, "bad")]
+    batch = collator(samples, {}, [1.0, 1.0])
+    assert batch.input_ids.shape[1] == 6 and collator.truncated == 1
+    assert (batch.labels[batch.labels != -100] == 0).sum() == 2  # each target ends with </s>
