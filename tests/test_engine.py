@@ -124,3 +124,36 @@ def test_the_rate_warms_up_and_then_follows_its_schedule(schedule, middle, end):
 
 def test_without_warm_up_the_first_update_has_the_full_rate():
     assert engine.learning_rate_factor(dataclasses.replace(RECIPE.train, warmup_steps=0))(0) == 1.0
+
+
+NOT_FINITE = """
+import sys, torch
+from torch import nn
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.train import engine
+
+config = Config().override(["train.global_batch=1", "train.micro_batch=1", "train.warmup_steps=0"])
+engine.start_distributed()
+wrapped = engine.start(nn.Linear(4, 2), config, sys.argv[1])
+
+def step(factor):
+    wrapped.backward(wrapped.forward(torch.ones(1, 4)).sum() * factor)
+    applied = wrapped.step()
+    return applied, wrapped.weights()["weight"]
+
+first, good = step(1.0)
+for factor in (float("inf"), float("nan")):
+    applied, weight = step(factor)
+    assert not applied and torch.equal(weight, good), (applied, weight, good)
+last, moved = step(1.0)
+assert first and last and moved.isfinite().all() and not torch.equal(moved, good)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_whose_gradient_is_not_finite_changes_no_weight_at_any_stage(tmp_path, run_python, stage):
+    script, settings = tmp_path / "script.py", {"gradient_clipping": "auto", "zero_optimization": {"stage": stage}}
+    script.write_text(NOT_FINITE)
+    done = run_python("python", script, write(tmp_path, settings))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

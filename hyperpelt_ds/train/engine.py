@@ -150,6 +150,9 @@ class Engine:
         self.model: nn.Module = engine.module
         self.stage = int(engine.zero_optimization_stage())
         self._gradient_norm = torch.zeros(())
+        self._finite = True
+        if self.stage == 0:
+            engine.optimizer.register_step_pre_hook(self._leave_out_not_finite)
 
     def forward(self, batch: Any) -> Any:
         return self._engine(batch)
@@ -162,14 +165,16 @@ class Engine:
 
     def step(self) -> bool:
         """Applies the accumulated gradient; False if it was not finite, and no weight was changed."""
-        finite = True
         if self.stage == 0:  # without ZeRO the engine clips and forgets the norm, and tests nothing
             self._gradient_norm = _norm(self.model)
-            finite = bool(self._gradient_norm.isfinite())
-            for parameter in self.model.parameters() if not finite else ():
-                parameter.grad = None
+            self._finite = bool(self._gradient_norm.isfinite())
         self._engine.step()
-        return finite and bool(self._engine.was_step_applied())
+        return self._finite and bool(self._engine.was_step_applied())
+
+    def _leave_out_not_finite(self, *_: Any) -> None:
+        """Just before the optimizer's update, after clipping: without gradients there is none (the rate moves on)."""
+        for parameter in self.model.parameters() if not self._finite else ():
+            parameter.grad = None
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient over all trainables, before clipping. Waits for the device."""
