@@ -55,7 +55,10 @@ def test_tensorboard_draws_a_curve_for_every_figure_of_a_run(tmp_path):
     server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(f"http://127.0.0.1:{port}/data/plugin/scalars/tags", server)
-        document = page(f"http://127.0.0.1:{port}/?tagFilter=.#timeseries", tmp_path / "profile")
+        for attempt in range(6):  # a busy machine may not have drawn all cards when the browser's virtual time is up
+            document = page(f"http://127.0.0.1:{port}/?tagFilter=.#timeseries", tmp_path / f"profile{attempt}")
+            if all(f'title="{name}"' in document for name in names):
+                break
     finally:
         server.terminate()
         server.wait(30)
