@@ -17,8 +17,8 @@ def demo() -> Config:
     deepspeed --num_accelerators 2 launch/train.py --recipe demo --ds_config ds_configs/zero2_cpu.json
         --run_dir runs/demo
 
-    Seven minutes on two CPU cores. Expected on the test splits: easy-VQA 0.95, caption 0.98, topic 0.80, sentiment 0.71,
-    rating 0.39, description F1 0.36.
+    Seven minutes on two CPU cores. Expected on the test splits: easy-VQA 0.95, caption 0.98, topic 0.80,
+    sentiment 0.71, rating 0.39, description F1 0.36.
     """
     return Config(
         recipe="demo",
