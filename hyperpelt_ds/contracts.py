@@ -112,6 +112,8 @@ class Sample:
     `key` is unique within a task. `item` names the source item (sentence, article, image) by which splits are
     made, so that two tasks on the same input can never leak into each other. `group` names a slice that is also
     scored alone (easy-VQA's colour and shape questions). `image` is the id of a record in a feature shard.
+    `references` are all the answers that metrics compare with, where a task has several (the ten answers of a VQA
+    question, the captions of an image), repeated as often as they were given; empty if `target` is the only one.
     """
 
     key: str
@@ -121,6 +123,7 @@ class Sample:
     item: str = ""
     image: str | None = None
     group: str | None = None
+    references: tuple[str, ...] = ()
 
 
 class Batch(NamedTuple):
