@@ -27,34 +27,87 @@ class ModelConfig:
     training; validation and generation run without autocast."""
     dropout: float | None = None
     """Dropout inside the backbone while training; None keeps the model's own rates."""
+    train_backbone: bool = False
+    """Full fine-tuning: the backbone itself is trained, inside the engine, and is in every checkpoint."""
     activation_checkpointing: bool = False
     """Recompute the backbone's layers in the backward pass (non-reentrant)."""
 
 
+PREFIX_BLOCKS = Literal["encoder_self", "decoder_self", "decoder_cross"]
+BLOCKS = Literal["encoder_self", "decoder_self", "decoder_cross", "encoder_ffn", "decoder_ffn"]
+
+
+@dataclass(frozen=True)
+class ModulesConfig:
+    """The small modules beside the frozen model: which, where and how large, whatever makes their weights."""
+
+    kinds: tuple[Literal["prefix", "adapter", "lora"], ...] = ("prefix", "adapter")
+    """("prefix",) is HyperPrefix, ("prefix", "adapter") is HyperPELT. None at all only with model.train_backbone."""
+    prefix_length: int = 49
+    """Rows of the prefix (P), except of an image's, which has a row for every cell."""
+    prefix_blocks: tuple[PREFIX_BLOCKS, ...] = ("encoder_self", "decoder_self", "decoder_cross")
+    """The kinds of attention that get prefixes."""
+    prefix_weighting: Literal["none", "offset", "gate"] = "none"
+    """A learned number for each attention block that weights its prefix columns: `offset` is added to their scores,
+    `gate` multiplies their share before normalising (a sigmoid). Both start at no change worth noting."""
+    bottleneck: int = 16
+    """Bottleneck of the adapters (R)."""
+    adapter_blocks: tuple[BLOCKS, ...] = ("encoder_ffn", "decoder_ffn")
+    """The blocks that get an adapter."""
+    adapter_placement: Literal["parallel", "sequential"] = "parallel"
+    """Parallel adapters read the block's input, sequential ones its output; both add to its output."""
+    adapter_activation: Literal["relu", "gelu", "gelu_new", "silu"] = "relu"
+    adapter_scale: Literal["learned", "fixed"] = "learned"
+    adapter_scale_value: float = 1.0
+    """The factor on an adapter's output, or its start if it is learned."""
+    adapter_scale_sharing: Literal["position", "shared"] = "position"
+    """One learned factor for each block, or one for all."""
+    adapter_norm: bool = False
+    """A layer norm on the adapter's output, its gain and shift made like the other weights (HyperFormer)."""
+    adapter_start: Literal["no_op", "normal"] = "no_op"
+    """Whether a new adapter (or low-rank delta) adds exactly nothing, or all of its weights start at random."""
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    """Low-rank deltas are scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...] = ("query", "value")
+    """The linear maps that get low-rank deltas: four of every attention block, and those of the feed-forward blocks
+    (gate only where the model has a gated one)."""
+    train_norms: bool = True
+    """Train the backbone's layer norms, as a bank held beside the modules."""
+
+
 @dataclass(frozen=True)
 class HypernetConfig:
-    """The hypernetwork; sizes as in section 3 of the paper."""
+    """What makes the modules' weights: a hypernetwork from conditions (sizes as in the paper), or, for the methods that
+    it is compared with, plain parameters."""
 
-    modules: tuple[Literal["prefix", "adapter"], ...] = ("prefix", "adapter")
-    """What is generated. ("prefix",) is HyperPrefix, both are HyperPELT."""
-    prefix_length: int = 49
-    """Rows of the task prefix (P), and rows of the task, layer and block embeddings."""
+    conditions: tuple[Literal["task", "image", "description"], ...] = ("task", "image")
+    """Each makes one branch of modules, and branches add up. `task` is a trained embedding of the task, `image` the
+    cells of the image (only with vision.encoder), `description` a sentence about the task under a frozen encoder."""
+    parameters: Literal["none", "task", "shared"] = "none"
+    """A branch of plain parameters: a set for each task, or one shared by all (adapters, prefix-tuning, LoRA, MAM)."""
+    prefix_mlp: int = 0
+    """Hidden size of the MLP that a shared plain prefix is made with while training (prefix-tuning); 0 for none."""
+    sentence_encoder: str | None = None
+    """A local folder or hub id of a BERT-like sentence encoder, for the condition `description`."""
     embedding_size: int = 64
     hidden_size: int = 128
+    projector_depth: int = 2
+    """Linear layers of the projector, with a ReLU between them."""
     hyper_size: int = 64
     """Size of the hyper-embedding (E)."""
     projector_norm: bool = True
     """Layer norm on the hyper-embedding, as HyperFormer has."""
-    bottleneck: int = 16
-    """Bottleneck of the generated adapters (R)."""
-    activation: Literal["relu", "gelu", "silu"] = "relu"
+    rows: Literal["expanded", "table"] = "expanded"
+    """Whether every task, layer and block embedding has its own vector for each prefix row, or one vector to which a
+    common table of row vectors is added."""
+    copies: Literal[1, 2] = 1
+    """One hypernetwork for both stacks, or one each (HyperFormer); task embeddings are common either way."""
     head_std: float = 0.01
     """Standard deviation of the initial weights of the generating layers."""
     visual_embeddings: Literal["shared", "own"] = "own"
     """Whether the visual branch uses the layer and block embeddings of the task branch, row for row (needs
-    prefix_length equal to the number of image cells, 49 in the paper) or has its own."""
-    train_norms: bool = True
-    """Train the backbone's layer norms, as a bank held with the hypernetwork."""
+    modules.prefix_length equal to the number of image cells, 49 in the paper) or has its own."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +126,8 @@ class VisionConfig:
     """Cells of the feature grid (V)."""
     channels: int = 2048
     """Channels of a cell (F)."""
+    tokens: bool = False
+    """Give the image to the encoder as well, as one projected token for every cell after the text."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +192,7 @@ class Config:
 
     recipe: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
+    modules: ModulesConfig = field(default_factory=ModulesConfig)
     hypernet: HypernetConfig = field(default_factory=HypernetConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -235,11 +291,15 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
 
 
 _POSITIVE = (
-    "hypernet.prefix_length",
+    "modules.prefix_length",
+    "modules.bottleneck",
+    "modules.adapter_scale_value",
+    "modules.lora_rank",
+    "modules.lora_alpha",
     "hypernet.embedding_size",
     "hypernet.hidden_size",
+    "hypernet.projector_depth",
     "hypernet.hyper_size",
-    "hypernet.bottleneck",
     "vision.image_size",
     "vision.cells",
     "vision.channels",
@@ -258,6 +318,7 @@ _POSITIVE = (
     "eval.num_beams",
 )
 _NOT_NEGATIVE = (
+    "hypernet.prefix_mlp",
     "hypernet.head_std",
     "data.workers",
     "train.seed",
@@ -283,16 +344,48 @@ def _check_ranges(config: Config) -> None:
     for name in ("model.dropout", "train.label_smoothing"):
         if value(name) is not None and not 0 <= value(name) < 1:
             raise ValueError(f"{name}: must lie in [0, 1), got {value(name)}")
-    if not config.hypernet.modules:
-        raise ValueError("hypernet.modules: must name at least one of 'prefix', 'adapter'")
+    _check_modules(config)
     if len(set(config.data.tasks)) != len(config.data.tasks):
         raise ValueError(f"data.tasks: a task is named twice in {list(config.data.tasks)}")
     bad = {task: weight for task, weight in config.data.task_weights.items() if weight <= 0}
     if bad:
         raise ValueError(f"data.task_weights: must be greater than 0, got {bad}")
-    shared = config.vision.encoder is not None and config.hypernet.visual_embeddings == "shared"
-    if shared and config.hypernet.prefix_length != config.vision.cells:
+
+
+def _check_modules(config: Config) -> None:
+    """What is attached, and what makes it, must fit together: nothing asked for may quietly be left out."""
+    modules, hypernet, vision = config.modules, config.hypernet, config.vision
+    for name, needed_by in (("prefix_blocks", "prefix"), ("adapter_blocks", "adapter"), ("lora_targets", "lora")):
+        values = getattr(modules, name)
+        if needed_by in modules.kinds and not values:
+            raise ValueError(f"modules.{name}: must name at least one for modules.kinds with {needed_by!r}")
+        if len(set(values)) != len(values):
+            raise ValueError(f"modules.{name}: one is named twice in {list(values)}")
+    conditions = [name for name in hypernet.conditions if name != "image" or vision.encoder is not None]
+    makers = [*conditions, *(["parameters"] if hypernet.parameters != "none" else [])]
+    if not modules.kinds and not config.model.train_backbone:
+        raise ValueError("modules.kinds: must name at least one of 'prefix', 'adapter', 'lora'")
+    if modules.kinds and not makers:
         raise ValueError(
-            f"hypernet.visual_embeddings='shared' needs hypernet.prefix_length equal to vision.cells, "
-            f"got {config.hypernet.prefix_length} and {config.vision.cells}; use 'own'"
+            "hypernet.conditions: nothing makes the weights of modules.kinds; name 'task', 'image' (with "
+            "vision.encoder) or 'description', or set hypernet.parameters to 'task' or 'shared'"
+        )
+    if len(set(hypernet.conditions)) != len(hypernet.conditions):
+        raise ValueError(f"hypernet.conditions: one is named twice in {list(hypernet.conditions)}")
+    if "description" in hypernet.conditions and hypernet.sentence_encoder is None:
+        raise ValueError("hypernet.sentence_encoder: 'description' in hypernet.conditions needs one")
+    if hypernet.prefix_mlp and (hypernet.parameters != "shared" or "prefix" not in modules.kinds):
+        raise ValueError("hypernet.prefix_mlp: needs hypernet.parameters='shared' and 'prefix' in modules.kinds")
+    if vision.tokens and vision.encoder is None:
+        raise ValueError("vision.tokens: there are no image features without vision.encoder")
+    if config.model.train_backbone and config.model.dtype != "float32":
+        raise ValueError(
+            f"model.dtype: model.train_backbone needs float32 master weights, got {config.model.dtype}; "
+            f"let the DeepSpeed JSON choose the precision of the step"
+        )
+    shared = "image" in conditions and hypernet.visual_embeddings == "shared"
+    if shared and modules.prefix_length != vision.cells:
+        raise ValueError(
+            f"hypernet.visual_embeddings='shared' needs modules.prefix_length equal to vision.cells, "
+            f"got {modules.prefix_length} and {vision.cells}; use 'own'"
         )

@@ -13,6 +13,7 @@ Shape letters, used in every docstring:
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 
 
 class Block(enum.IntEnum):
-    """The kinds of block that a generated module is attached to; the row in the block embedding table."""
+    """The kinds of block that a generated module is attached to."""
 
     ENCODER_SELF = 0
     DECODER_SELF = 1
@@ -34,6 +35,10 @@ class Block(enum.IntEnum):
     def is_attention(self) -> bool:
         return self <= Block.DECODER_CROSS
 
+    @property
+    def in_encoder(self) -> bool:
+        return self in (Block.ENCODER_SELF, Block.ENCODER_FFN)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -44,58 +49,112 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """All that a hypernetwork is told of a backbone: plain integers, no modules.
+class Projection:
+    """The linear maps of one name (query, value, up, ...) in all blocks that have one: targets of low-rank deltas."""
 
-    `prefix_size` (K) is heads x head size, which in T5 is not always `model_size` (D). `norms` counts the
+    name: str
+    sites: tuple[Site, ...]
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All that a hypernetwork is told of a backbone and of what is to be put beside it: plain integers, no modules.
+
+    The encoder's sites come before the decoder's in every tuple; a kind of module that the run does not have has no
+    sites. `prefix_size` (K) is key heads x head size, which in T5 is not always `model_size` (D). `norms` counts the
     trained layer-norm vectors, each of length D.
     """
 
-    sites: tuple[Site, ...]
+    prefix_sites: tuple[Site, ...]
+    adapter_sites: tuple[Site, ...]
+    projections: tuple[Projection, ...]
     prefix_size: int
     model_size: int
     norms: int
 
     @property
-    def attention_sites(self) -> tuple[Site, ...]:
-        return tuple(site for site in self.sites if site.block.is_attention)
+    def sites(self) -> tuple[Site, ...]:
+        """Every site that receives anything, once."""
+        lora = [site for projection in self.projections for site in projection.sites]
+        return tuple(dict.fromkeys([*self.prefix_sites, *self.adapter_sites, *lora]))
 
-    @property
-    def ffn_sites(self) -> tuple[Site, ...]:
-        return tuple(site for site in self.sites if not site.block.is_attention)
+    def stack(self, encoder: bool) -> Geometry:
+        """The part of one stack, for a hypernetwork of its own."""
 
-    @property
-    def layers(self) -> int:
-        """Rows of the layer embedding table: layer numbers are shared by the encoder and decoder stacks."""
-        return 1 + max(site.layer for site in self.sites)
+        def own(sites: tuple[Site, ...]) -> tuple[Site, ...]:
+            return tuple(site for site in sites if site.block.in_encoder == encoder)
+
+        projections = tuple(dataclasses.replace(p, sites=own(p.sites)) for p in self.projections)
+        return dataclasses.replace(
+            self, prefix_sites=own(self.prefix_sites), adapter_sites=own(self.adapter_sites), projections=projections
+        )
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What weights can be made from in a run: `tasks` many ids, images of `cells` x `channels` features, and a frozen
+    vector for the description of every task, (tasks, F'). None where the run has no such thing."""
+
+    tasks: int
+    cells: int | None = None
+    channels: int | None = None
+    descriptions: Tensor | None = None
 
 
 class Prefix(NamedTuple):
-    """Generated key and value rows for every attention site. keys, values: (S, C, P, K)."""
+    """Key and value rows for every attention site that has a prefix. keys, values: (S, C, P, K).
+
+    offset (S,), or None for 0, is added to the scores of the prefix columns.
+    """
 
     keys: Tensor
     values: Tensor
+    offset: Tensor | None = None
 
 
 class Adapter(NamedTuple):
-    """Generated parallel adapters for every FFN site: y += scale * (act(x down + down_bias) up + up_bias)."""
+    """Bottleneck adapters: y += scale * norm(act(x down + down_bias) up + up_bias).
+
+    `norm` is a layer norm with gain and shift, or nothing where these are None. Whether x is the input of the block
+    (parallel) or its output (sequential) is the backbone's business.
+    """
 
     down: Tensor  # (S, C, D, R)
     down_bias: Tensor  # (S, C, R)
     up: Tensor  # (S, C, R, D)
     up_bias: Tensor  # (S, C, D)
-    scale: Tensor  # (S,) learned, one a site
+    scale: Tensor  # (S,)
+    gain: Tensor | None = None  # (S, C, D)
+    shift: Tensor | None = None  # (S, C, D)
+
+
+class LowRank(NamedTuple):
+    """Low-rank deltas of one Projection: y += x down up, any scale within `up`. I inputs, O outputs, r the rank."""
+
+    down: Tensor  # (S, C, I, r)
+    up: Tensor  # (S, C, r, O)
 
 
 class Branch(NamedTuple):
-    """The weights generated from one source of conditions (tasks, images).
+    """The weights made from one source of conditions (tasks, images, descriptions), by kind of module.
 
     rows (B,) int64: the condition that each sample uses, or -1 where this branch does not apply to the sample.
+    lora has one entry for each of the geometry's projections, in their order.
     """
 
     rows: Tensor
     prefix: Prefix | None
     adapter: Adapter | None
+    lora: tuple[LowRank, ...] | None = None
+
+
+class Tokens(NamedTuple):
+    """Images as further tokens of the encoder. values (C, V, D); rows (B,) int64, -1 for a sample without image."""
+
+    values: Tensor
+    rows: Tensor
 
 
 class Weights(NamedTuple):
@@ -103,6 +162,7 @@ class Weights(NamedTuple):
 
     branches: tuple[Branch, ...]
     norms: Tensor | None
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)

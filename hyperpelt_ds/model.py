@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hyperpelt_ds import config as configs
-from hyperpelt_ds.backbones import Backbone, load_backbone
+from hyperpelt_ds.backbones import Backbone, load_backbone, sentence_vectors
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.contracts import Batch, Branch, Sample, Weights
+from hyperpelt_ds.contracts import Batch, Conditions, Sample, Weights
 from hyperpelt_ds.data.collate import Collator
 from hyperpelt_ds.hypernet import HyperNetwork
-from hyperpelt_ds.tasks import needs_image
+from hyperpelt_ds.tasks import get, needs_image
 from hyperpelt_ds.vision import VisionEncoder, load_encoder
 
 IDENTITY = "identity.json"
@@ -36,20 +36,26 @@ class Output(NamedTuple):
 
 
 class HyperPELT(nn.Module):
-    """What the engine trains: only the hypernetwork is registered, the backbone is held beside it.
+    """What the engine trains: only the hypernetwork is registered, the backbone is held beside it (unless it is itself
+    trained, model.train_backbone).
 
-    `tasks` in order give each task its row in the embedding table.
+    `tasks` in order give each task its row in the embedding table; `descriptions` (tasks, F') are the frozen vectors of
+    what is said about them, for the condition `description`.
     """
 
-    def __init__(self, config: Config, backbone: Backbone, tasks: Sequence[str]):
+    def __init__(self, config: Config, backbone: Backbone, tasks: Sequence[str], descriptions: Tensor | None = None):
         super().__init__()
-        cells, channels = (config.vision.cells, config.vision.channels) if config.vision.encoder else (None, None)
+        vision = config.vision if config.vision.encoder else None
+        available = Conditions(
+            len(tasks), vision.cells if vision else None, vision.channels if vision else None, descriptions
+        )
         self.hypernet = HyperNetwork(
-            config.hypernet, backbone.geometry, len(tasks), backbone.initial_norms, cells, channels
+            config.hypernet, config.modules, backbone.geometry, available, backbone.initial_norms, config.vision.tokens
         )
         self.tasks = tuple(tasks)
         self.label_smoothing = config.train.label_smoothing
         self.backbone = backbone  # no nn.Module, so registration does not see its parameters
+        self.trained_backbone = backbone.model if backbone.trainable else None
 
     def train(self, mode: bool = True) -> HyperPELT:
         super().train(mode)
@@ -62,17 +68,18 @@ class HyperPELT(nn.Module):
         return self.to(device)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Trainable parameters, and all: the backbone's (its norms counted once) and the hypernetwork's."""
-        frozen = sum(parameter.numel() for parameter in self.backbone.model.parameters())
-        norms = self.backbone.initial_norms.numel()
+        """Trainable parameters, and all: the backbone's (its norms counted once) and what is put beside it."""
         trainable = sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters())  # ZeRO-3 empties p itself
-        replaced = norms if self.hypernet.norms is not None else 0
-        return {"trainable": trainable, "total": frozen + norms - replaced + trainable}
+        if self.backbone.trainable:
+            return {"trainable": trainable, "total": trainable}
+        frozen = sum(parameter.numel() for parameter in self.backbone.model.parameters())
+        norms = self.backbone.initial_norms.numel() if self.hypernet.norms is None else 0
+        return {"trainable": trainable, "total": frozen + norms + trainable}
 
     def forward(self, batch: Batch) -> Output:
         """The loss of a batch: sum over samples of loss_weights x mean cross-entropy of the sample's target."""
         weights: Weights = self.hypernet(batch)
-        used, idle = _split(weights, batch)
+        used, idle = self._split(weights, batch)
         logits = self.backbone.forward(used, batch.input_ids, batch.attention_mask, batch.labels, batch.targets)
         real_losses = F.cross_entropy(
             logits.float(),
@@ -83,41 +90,60 @@ class HyperPELT(nn.Module):
         token_losses = real_losses.new_zeros(batch.labels.numel()).index_copy(0, batch.targets, real_losses)
         losses = token_losses.view_as(batch.labels).sum(1) / (batch.labels != -100).sum(1).clamp(min=1)
         loss = (losses * batch.loss_weights).sum()
-        for branch in idle:
-            loss = loss + 0.0 * _total(branch)  # every trainable takes part in every step on every rank
+        for part in idle:
+            loss = loss + 0.0 * _total(part)  # every trainable takes part in every step on every rank
         return Output(loss, losses.detach())
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, num_beams: int = 1) -> Tensor:
         """Token ids (B, at most 1 + max_new_tokens); the hypernetwork runs exactly once, whatever is decoded."""
-        used, _ = _split(self.hypernet(batch), batch)
+        used, _ = self._split(self.hypernet(batch), batch)
         return self.backbone.generate(used, batch.input_ids, batch.attention_mask, max_new_tokens, num_beams)
 
+    def _split(self, weights: Weights, batch: Batch) -> tuple[Weights, list[Any]]:
+        """The weights that some sample uses, and what was made from images if no sample has one.
 
-def _split(weights: Weights, batch: Batch) -> tuple[Weights, tuple[Branch, ...]]:
-    """The weights that some sample uses, and the branches that none does.
+        Told from the host side of the batch, so that no device has to be waited for.
+        """
+        if any(sample.image is not None for sample in batch.samples):
+            return weights, []
+        named = list(zip(self.hypernet.branch_names, weights.branches, strict=True))
+        idle = [branch[1:] for name, branch in named if name == "image"]
+        used = tuple(branch for name, branch in named if name != "image")
+        return weights._replace(branches=used, tokens=None), [*idle, weights.tokens]
 
-    Told from the host side of the batch, so that no device has to be waited for.
-    """
-    count = len(weights.branches) if any(sample.image is not None for sample in batch.samples) else 1
-    return weights._replace(branches=weights.branches[:count]), weights.branches[count:]
 
-
-def _total(branch: Branch) -> Tensor:
-    tensors = [tensor for module in (branch.prefix, branch.adapter) if module is not None for tensor in module]
-    return torch.stack([tensor.sum() for tensor in tensors]).sum()
+def _total(part: Any) -> Tensor | float:
+    """The sum over the tensors of (tuples of) module kinds; what no sample refers to is a number all the same."""
+    if part is None:
+        return 0.0
+    return part.float().sum() if isinstance(part, Tensor) else sum((_total(item) for item in part), 0.0)
 
 
 def build(config: Config, tasks: Sequence[str]) -> HyperPELT:
     """The model of a configuration, with the hypernetwork drawn from train.seed; the caller's RNG is untouched."""
-    backbone = load_backbone(config.model, config.hypernet.activation)
-    for name in ("max_source_length", "max_target_length"):
-        length = getattr(config.data, name)
+    backbone = load_backbone(config.model, config.modules)
+    cells = config.vision.cells if config.vision.tokens else 0
+    for name, more in (("max_source_length", cells), ("max_target_length", 0)):
+        length = getattr(config.data, name) + more
         if backbone.positions is not None and length > backbone.positions:
-            raise ValueError(f"data.{name} is {length}, but {config.model.backbone} has {backbone.positions} positions")
+            image = f" and {more} image tokens" if more else ""
+            raise ValueError(
+                f"data.{name} is {length - more}{image}, but {config.model.backbone} has {backbone.positions} positions"
+            )
+    descriptions = None
+    if "description" in config.hypernet.conditions:
+        descriptions = describe(config, [get(name).description for name in tasks])
     with torch.random.fork_rng():
         torch.manual_seed(config.train.seed)
-        return HyperPELT(config, backbone, tasks)
+        return HyperPELT(config, backbone, tasks, descriptions)
+
+
+def describe(config: Config, sentences: Sequence[str]) -> Tensor:
+    """The vectors (sentences, F') of the run's frozen sentence encoder; ValueError if the run has none."""
+    if config.hypernet.sentence_encoder is None:
+        raise ValueError("hypernet.sentence_encoder: the run has none, so that its tasks cannot be described")
+    return sentence_vectors(config.hypernet.sentence_encoder, sentences)
 
 
 class Predictor:
@@ -223,12 +249,12 @@ def load(run_dir: str | Path, device: str | torch.device = "cpu") -> Predictor:
     if model.backbone.fingerprint() != identity["backbone"]:
         raise ValueError(f"{folder} was trained on another backbone than {config.model.backbone} now holds")
     state = load_file(weights)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
         names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         raise ValueError(f"{weights} does not fit {folder / 'config.json'}: {', '.join(names[:5])} differ")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # a trained backbone's tied weights have names that are not in the file
     return Predictor(config, model.to_device(torch.device(device)), identity["encoder"])
 
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from hyperpelt_ds.config import Config, DataConfig, EvalConfig, HypernetConfig, ModelConfig, TrainConfig, VisionConfig
+from hyperpelt_ds.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    HypernetConfig,
+    ModelConfig,
+    ModulesConfig,
+    TrainConfig,
+    VisionConfig,
+)
 
 
 def demo() -> Config:
@@ -23,7 +32,8 @@ def demo() -> Config:
     return Config(
         recipe="demo",
         model=ModelConfig(backbone="data/demo/backbone", dropout=0.0),
-        hypernet=HypernetConfig(prefix_length=8, embedding_size=64, hidden_size=128, hyper_size=64, bottleneck=32),
+        modules=ModulesConfig(prefix_length=8, bottleneck=32),
+        hypernet=HypernetConfig(embedding_size=64, hidden_size=128, hyper_size=64),
         vision=VisionConfig(
             encoder="efficientnet_lite0",
             weights="data/demo/vision/efficientnet_lite0.pth",

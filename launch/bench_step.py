@@ -186,8 +186,8 @@ def _hyperpelt(
 
     tasks, images = (1 if variant == "one_task" else 8), variant == "images"
     vision = [f"vision.{key}={value}" for key, value in VISION.items()] + ["vision.encoder=resnet18"] if images else []
-    config = Config().override(["hypernet.prefix_length=16", "hypernet.bottleneck=24", *vision])
-    model = HyperPELT(config, Backbone(_model(name, device), None), [f"task{i}" for i in range(tasks)])
+    config = Config().override(["modules.prefix_length=16", "modules.bottleneck=24", *vision])
+    model = HyperPELT(config, Backbone(_model(name, device), None, config.modules), [f"task{i}" for i in range(tasks)])
     model.to_device(torch.device(device)).train(train)
     size = len(ids)
     batch = Batch(

@@ -31,6 +31,7 @@ from hyperpelt_ds.config import (
     EvalConfig,
     HypernetConfig,
     ModelConfig,
+    ModulesConfig,
     TrainConfig,
     VisionConfig,
     to_dict,
@@ -135,7 +136,8 @@ def config(backbone_folder: Path, manifest_path: Path, encoder_file: Path) -> Co
     """A run of a few seconds over all four tasks: 9 steps of 8 samples, checkpoints at 3, 6 and 9, dropout off."""
     return Config(
         model=ModelConfig(backbone=str(backbone_folder), dropout=0.0),
-        hypernet=HypernetConfig(prefix_length=3, embedding_size=8, hidden_size=16, hyper_size=8, bottleneck=4),
+        modules=ModulesConfig(prefix_length=3, bottleneck=4, lora_rank=2),
+        hypernet=HypernetConfig(embedding_size=8, hidden_size=16, hyper_size=8),
         vision=VisionConfig(**VISION, weights=str(encoder_file), cells=CELLS, channels=CHANNELS),
         data=DataConfig(manifest=str(manifest_path), max_source_length=16, max_target_length=8),
         train=TrainConfig(

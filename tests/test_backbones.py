@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import KINDS, VOCABULARY, pick, tensors, tiny_batch, tiny_hypernet, tiny_model
+from tiny import KINDS, VOCABULARY, pick, tensors, tiny_backbone, tiny_batch, tiny_hypernet, tiny_model, tiny_modules
 from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel
 from transformers.masking_utils import eager_mask
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parametrize("kind", KINDS)
 
 def detach(weights: Weights) -> Weights:
     def leaves(part):
-        return None if part is None else type(part)(*(t.detach().clone().requires_grad_() for t in part))
+        return part and type(part)(*(t if t is None else t.detach().clone().requires_grad_() for t in part))
 
     branches = tuple(b._replace(prefix=leaves(b.prefix), adapter=leaves(b.adapter)) for b in weights.branches)
     return Weights(branches, weights.norms.detach().clone().requires_grad_())
@@ -32,15 +32,15 @@ def test_without_weights_it_is_the_plain_model(kind):
     model = tiny_model(kind)
     batch = tiny_batch(model)
     expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
-    assert torch.allclose(run(Backbone(model, None), None, batch), expected, atol=1e-5)
+    assert torch.allclose(run(Backbone(model, None, tiny_modules()), None, batch), expected, atol=1e-5)
 
 
 def test_all_zero_adapters_and_own_norms_change_nothing_at_all(kind):
-    backbone = Backbone(tiny_model(kind), None)
+    backbone = tiny_backbone(kind, kinds=("adapter",))
     batch = tiny_batch(backbone.model)
-    network = tiny_hypernet(backbone, modules=("adapter",))
-    for branch in (network.task_branch, network.image_branch):
-        torch.nn.init.zeros_(branch.adapter.linear.weight)
+    network = tiny_hypernet(backbone)
+    for controller in network.controllers.values():
+        torch.nn.init.zeros_(controller[0].heads["adapter"].linear.weight)
     assert torch.equal(run(backbone, network(batch), batch), run(backbone, None, batch))
 
 
@@ -72,11 +72,11 @@ def _explicit(weights: Weights, sites: dict[int, int]):
 
 
 def test_prefixes_equal_explicit_concatenation_sample_by_sample(kind):
-    backbone, plain = Backbone(tiny_model(kind), None), tiny_model(kind)
+    backbone, plain = tiny_backbone(kind, kinds=("prefix",), train_norms=False), tiny_model(kind)
     batch = tiny_batch(plain)
-    weights = tiny_hypernet(backbone, modules=("prefix",), train_norms=False)(batch)
-    family = family_of(plain.config.model_type, kind)
-    sites = {id(module): number for number, (_, module) in enumerate(family.attentions(plain))}
+    weights = tiny_hypernet(backbone)(batch)
+    attentions = [s.attention for s in family_of(plain.config.model_type, kind).sublayers(plain) if s.attention]
+    sites = {id(module): number for number, module in enumerate(attentions)}
     AttentionInterface.register("explicit", _explicit(weights, sites))
     AttentionMaskInterface.register("explicit", eager_mask)
     plain.set_attn_implementation("explicit")
@@ -87,10 +87,11 @@ def test_prefixes_equal_explicit_concatenation_sample_by_sample(kind):
 
 
 def test_adapters_equal_the_formula_beside_every_feed_forward_block(kind):
-    backbone, plain = Backbone(tiny_model(kind), None), tiny_model(kind)
+    backbone, plain = tiny_backbone(kind, kinds=("adapter",), train_norms=False), tiny_model(kind)
     batch = tiny_batch(plain)
-    weights = tiny_hypernet(backbone, modules=("adapter",), train_norms=False)(batch)
-    for number, (_, first, last) in enumerate(family_of(plain.config.model_type, kind).ffns(plain)):
+    weights = tiny_hypernet(backbone)(batch)
+    blocks = [s for s in family_of(plain.config.model_type, kind).sublayers(plain) if s.attention is None]
+    for number, (first, last) in enumerate((block.first, block.last) for block in blocks):
         seen = []
 
         def before(module, args, seen=seen):
@@ -101,7 +102,7 @@ def test_adapters_equal_the_formula_beside_every_feed_forward_block(kind):
             for branch in weights.branches:
                 for i, row in enumerate(branch.rows.tolist()):
                     if row >= 0:
-                        down, down_bias, up, up_bias, scale = (part[number] for part in branch.adapter)
+                        down, down_bias, up, up_bias, scale = (part[number] for part in branch.adapter[:5])
                         hidden = torch.relu(x[i] @ down[row] + down_bias[row])
                         added[i] += scale * (hidden @ up[row] + up_bias[row])
             return output + added
@@ -116,7 +117,7 @@ def test_adapters_equal_the_formula_beside_every_feed_forward_block(kind):
 
 
 def test_norms_of_the_bank_replace_the_models_own(kind):
-    backbone, plain = Backbone(tiny_model(kind), None), tiny_model(kind)
+    backbone, plain = tiny_backbone(kind), tiny_model(kind)
     batch = tiny_batch(plain)
     values = backbone.initial_norms + 0.3 * torch.randn_like(backbone.initial_norms)
     places = [
@@ -134,7 +135,7 @@ def test_norms_of_the_bank_replace_the_models_own(kind):
 
 
 def test_a_mixed_padded_batch_equals_its_samples_one_by_one(kind):
-    backbone = Backbone(tiny_model(kind), None)
+    backbone = tiny_backbone(kind)
     batch, network = tiny_batch(backbone.model), None
     network = tiny_hypernet(backbone)
     together = run(backbone, network(batch), batch)
@@ -148,7 +149,7 @@ def test_a_mixed_padded_batch_equals_its_samples_one_by_one(kind):
 
 
 def test_no_position_sees_its_future_and_unpadded_batches_are_causal_too(kind):
-    backbone = Backbone(tiny_model(kind), None)
+    backbone = tiny_backbone(kind)
     batch = tiny_batch(backbone.model)
     batch = batch._replace(labels=batch.labels.clamp(min=3), attention_mask=torch.ones_like(batch.attention_mask))
     weights = tiny_hypernet(backbone)(batch)
@@ -160,21 +161,21 @@ def test_no_position_sees_its_future_and_unpadded_batches_are_causal_too(kind):
 
 
 def test_gradients_reach_every_row_of_every_prefix_and_every_adapter(kind):
-    backbone = Backbone(tiny_model(kind), None)
+    backbone = tiny_backbone(kind)
     batch = tiny_batch(backbone.model)
     weights = detach(tiny_hypernet(backbone)(batch))
     run(backbone, weights, batch).logsumexp(-1).sum().backward()
     for branch in weights.branches:
         assert (branch.prefix.values.grad.abs().sum(-1) > 0).all()  # (S, C, P)
         assert (branch.prefix.keys.grad.abs().sum(-1) > 0).all()
-        for name, tensor in branch.adapter._asdict().items():
+        for name, tensor in list(branch.adapter._asdict().items())[:5]:
             assert (tensor.grad.view(len(tensor), -1).abs().sum(1) > 0).all(), name  # at every site
     assert (weights.norms.grad.abs().sum(1) > 0).all()
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_cached_generation_equals_recomputing_every_prefix_of_the_output(kind, beams):
-    backbone = Backbone(tiny_model(kind), None)
+    backbone = tiny_backbone(kind)
     batch = tiny_batch(backbone.model)
     weights = tiny_hypernet(backbone)(batch)
     cached = backbone.generate(weights, batch.input_ids, batch.attention_mask, 6, beams)
@@ -198,7 +199,7 @@ def test_cached_generation_equals_recomputing_every_prefix_of_the_output(kind, b
 
 
 def test_beam_search_gives_each_sample_the_weights_of_its_own_condition(kind):
-    backbone = Backbone(tiny_model(kind), None)
+    backbone = tiny_backbone(kind)
     batch = tiny_batch(backbone.model)
     network = tiny_hypernet(backbone)
     together = backbone.generate(network(batch), batch.input_ids, batch.attention_mask, 6, 3)
@@ -215,7 +216,7 @@ def test_activation_checkpointing_changes_no_gradient(kind):
         model = tiny_model(kind)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        backbone = Backbone(model, None)
+        backbone = Backbone(model, None, tiny_modules())
         backbone.train()
         batch = tiny_batch(model)
         network = tiny_hypernet(backbone)
@@ -227,7 +228,7 @@ def test_activation_checkpointing_changes_no_gradient(kind):
 
 
 def test_the_frozen_model_is_unchanged_by_training_steps(kind):
-    backbone = Backbone(tiny_model(kind), None)
+    backbone = tiny_backbone(kind)
     batch = tiny_batch(backbone.model)
     network = tiny_hypernet(backbone)
     before = backbone.fingerprint()
@@ -242,11 +243,11 @@ def test_the_frozen_model_is_unchanged_by_training_steps(kind):
 
 
 def test_bfloat16_stays_near_float32(kind):
-    backbone = Backbone(tiny_model(kind), None)
+    backbone = tiny_backbone(kind)
     batch = tiny_batch(backbone.model)
     weights = tiny_hypernet(backbone)(batch)
     expected = run(backbone, weights, batch)
-    half = Backbone(tiny_model(kind).to(torch.bfloat16), None)
+    half = Backbone(tiny_model(kind).to(torch.bfloat16), None, tiny_modules())
     actual = run(half, weights, batch)
     assert actual.dtype == torch.bfloat16
     assert (actual.float() - expected).norm() < 0.1 * expected.norm()  # bf16 keeps 8 bits; errors add over 2+2 layers
@@ -276,7 +277,7 @@ def _save_tokenizer(folder) -> None:
 
 
 def test_two_backbones_in_one_process_do_not_share_weights(kind):
-    one, two = Backbone(tiny_model(kind), None), Backbone(tiny_model(kind), None)
+    one, two = tiny_backbone(kind), tiny_backbone(kind)
     batch = tiny_batch(one.model)
     expected = run(two, None, batch)
     run(one, tiny_hypernet(one)(batch), batch)
@@ -295,7 +296,7 @@ def test_an_unsupported_model_type_lists_what_is_supported(kind, tmp_path):
 
 
 def test_generated_tensors_are_all_used(kind):
-    backbone = Backbone(tiny_model(kind), None)
+    backbone = tiny_backbone(kind)
     batch = tiny_batch(backbone.model)
     weights = tiny_hypernet(backbone)(batch)
     for tensor in tensors(weights):
@@ -305,12 +306,12 @@ def test_generated_tensors_are_all_used(kind):
 
 
 def test_the_published_models_own_generation_settings_are_left_out(kind):
-    plain = Backbone(tiny_model(kind), None)
+    plain = tiny_backbone(kind)
     model = tiny_model(kind)
     model.generation_config.update(min_length=5, no_repeat_ngram_size=1, forced_bos_token_id=7, length_penalty=9.0)
     batch = tiny_batch(model)
     outputs = []
-    for backbone in (plain, Backbone(model, None)):
+    for backbone in (plain, Backbone(model, None, tiny_modules())):
         weights = tiny_hypernet(backbone)(batch)
         outputs.append(backbone.generate(weights, batch.input_ids, batch.attention_mask, 6, 2))
     assert torch.equal(*outputs)

@@ -154,7 +154,7 @@ def test_another_task_list_is_refused_and_both_are_shown(saved):
         "train.learning_rate=0.5",
         "train.steps=50",
         "train.seed=1",
-        "hypernet.bottleneck=5",
+        "modules.bottleneck=5",
         "data.temperature=1.0",
         "model.dropout=0.2",
     ],

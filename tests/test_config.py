@@ -39,8 +39,8 @@ def test_overrides_read_json_and_plain_words():
         ("train.seed=-1", "train.seed: must not be negative, got -1"),
         ("train.label_smoothing=1", r"train.label_smoothing: must lie in \[0, 1\)"),
         ("model.dtype=fp8", "model.dtype: got 'fp8', allowed are 'float32', 'bfloat16', 'float16'"),
-        ("hypernet.modules=prefix,lorra", "hypernet.modules: got 'lorra', allowed are 'prefix', 'adapter'"),
-        ("hypernet.modules=[]", "hypernet.modules: must name at least one"),
+        ("modules.kinds=prefix,lorra", "modules.kinds: got 'lorra', allowed are 'prefix', 'adapter', 'lora'"),
+        ("modules.kinds=[]", "modules.kinds: must name at least one"),
         ("data.tasks=3", "data.tasks: expected a list, got 3"),
         ("data.tasks=a,a", "data.tasks: a task is named twice"),
         ('data.task_weights={"a":0}', "data.task_weights: must be greater than 0"),
@@ -54,7 +54,7 @@ def test_a_bad_override_names_the_field_and_what_is_allowed(assignment, message)
 
 def test_shared_visual_embeddings_need_as_many_prefix_rows_as_cells():
     with pytest.raises(ValueError, match="got 8 and 49; use 'own'"):
-        Config().override(["vision.encoder=resnet18", "hypernet.visual_embeddings=shared", "hypernet.prefix_length=8"])
+        Config().override(["vision.encoder=resnet18", "hypernet.visual_embeddings=shared", "modules.prefix_length=8"])
 
 
 def test_a_file_with_an_unknown_field_is_refused():

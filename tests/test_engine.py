@@ -93,7 +93,7 @@ def test_every_shipped_file_leaves_to_the_recipe_what_is_the_recipes(path):
 
 
 def test_only_weights_of_linear_maps_decay_and_every_trainable_is_in_exactly_one_group():
-    network = tiny.tiny_hypernet(Backbone(tiny.tiny_model("marian"), None))
+    network = tiny.tiny_hypernet(tiny.tiny_backbone("marian"))
     groups = engine.parameter_groups(network, 0.1)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     names = {id(parameter): name for name, parameter in network.named_parameters()}

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CELLS, CHANNELS, pick, tensors, tiny_batch, tiny_hypernet, tiny_model
+from tiny import CELLS, pick, tiny_backbone, tiny_batch, tiny_hypernet
 
-from hyperpelt_ds.backbones import Backbone
-from hyperpelt_ds.config import HypernetConfig
-from hyperpelt_ds.contracts import Block, Geometry, Site
-from hyperpelt_ds.hypernet import HyperNetwork
+from hyperpelt_ds.backbones import Backbone, random_model
+from hyperpelt_ds.config import Config, HypernetConfig
+from hyperpelt_ds.contracts import Block
 from hyperpelt_ds.hypernet.hypernetwork import Projector
+from hyperpelt_ds.model import HyperPELT
 
 
 @pytest.fixture
 def backbone() -> Backbone:
-    return Backbone(tiny_model("t5"), None)
+    return tiny_backbone("t5")
 
 
-def _t5_base() -> Geometry:
-    layers = range(12)
-    blocks = (Block.ENCODER_SELF, Block.DECODER_SELF, Block.DECODER_CROSS, Block.ENCODER_FFN, Block.DECODER_FFN)
-    return Geometry(tuple(Site(b, n) for b in blocks for n in layers), prefix_size=768, model_size=768, norms=62)
+T5_BASE = dict(num_layers=12, d_model=768, d_kv=64, d_ff=3072, num_heads=12, vocab_size=32128, decoder_start_token_id=0)
+
+
+def trainables(*overrides: str, tasks: int = 8) -> int:
+    """Trainable parameters of a configuration on T5-base, counted on the meta device."""
+    config = Config().override(overrides)
+    with torch.device("meta"):
+        backbone = Backbone(random_model("t5", **T5_BASE), None, config.modules)
+        model = HyperPELT(config, backbone, [f"task{i}" for i in range(tasks)])
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_weights_have_the_shapes_of_the_contract(backbone):
     batch = tiny_batch(backbone.model)
-    weights = tiny_hypernet(backbone, prefix_length=3, bottleneck=4)(batch)
+    weights = tiny_hypernet(backbone)(batch)
     attention, ffn, size, model = 6, 4, backbone.geometry.prefix_size, backbone.geometry.model_size
     for branch, rows in zip(weights.branches, (3, CELLS), strict=True):
         assert branch.prefix.keys.shape == branch.prefix.values.shape == (attention, 2, rows, size)
-        shapes = [tuple(tensor.shape) for tensor in branch.adapter]
+        shapes = [tuple(tensor.shape) for tensor in branch.adapter[:5]]
         assert shapes == [(ffn, 2, model, 4), (ffn, 2, 4), (ffn, 2, 4, model), (ffn, 2, model), (ffn,)]
     assert torch.equal(weights.branches[0].rows, batch.task_rows)
     assert torch.equal(weights.branches[1].rows, batch.image_rows)
@@ -41,35 +47,28 @@ def test_each_site_and_condition_equals_the_paper_equations_done_one_by_one(back
     network = tiny_hypernet(backbone)
     batch = tiny_batch(backbone.model)
     weights = network(batch)
-    branch, projector = network.task_branch, network.task_branch.projector
+    (controller,), (positions,) = network.controllers["task"], network.sites["task"]
+    projector, heads = controller.projector, controller.heads
     joint = torch.cat([projector.condition.weight, projector.layer.weight, projector.block.weight], 1)
-    sites = backbone.geometry.attention_sites + backbone.geometry.ffn_sites
+    sites = backbone.geometry.sites
     for s, site in enumerate(sites):
         for c, task in enumerate(batch.tasks.tolist()):
             parts = [
-                network.tasks.table.weight[task],
-                network.sites.layer.table.weight[site.layer],
-                network.sites.block.table.weight[int(site.block)],
+                network.conditions["task"].embedding.table.weight[task],
+                positions.layer.table.weight[site.layer],
+                positions.block.table.weight[int(site.block)],
             ]
             rows = torch.cat([part.view(3, -1) for part in parts], 1)  # (P, 3 d)
-            hyper = projector.norm(projector.out(torch.relu(rows @ joint.T + projector.condition.bias)))
+            hyper = projector.norm(projector.rest[0](torch.relu(rows @ joint.T + projector.condition.bias)))
             if site.block.is_attention:
-                keys, values = branch.prefix.linear(hyper).chunk(2, -1)
+                keys, values = heads["prefix"].linear(hyper).chunk(2, -1)
                 assert torch.allclose(weights.branches[0].prefix.keys[s, c], keys, atol=1e-5)
                 assert torch.allclose(weights.branches[0].prefix.values[s, c], values, atol=1e-5)
             else:
-                f = s - len(backbone.geometry.attention_sites)
-                flat = branch.adapter.linear(hyper.mean(0))
+                f = s - len(backbone.geometry.prefix_sites)
+                flat = heads["adapter"].linear(hyper.mean(0))
                 made = [part[f, c].flatten() for part in weights.branches[0].adapter[:4]]
                 assert torch.allclose(torch.cat(made), flat, atol=1e-5)
-
-
-def test_new_adapters_are_exactly_a_no_op(backbone):
-    network = HyperNetwork(HypernetConfig(), backbone.geometry, 2, backbone.initial_norms, CELLS, CHANNELS)
-    weights = network(tiny_batch(backbone.model)._replace(tasks=torch.tensor([0, 1])))
-    for branch in weights.branches:
-        assert not branch.adapter.up.any() and not branch.adapter.up_bias.any()
-        assert branch.adapter.down.any() and branch.prefix.keys.any()
 
 
 def test_different_tasks_images_layers_and_blocks_get_different_weights(backbone):
@@ -89,27 +88,16 @@ def test_a_condition_is_generated_alike_alone_and_among_others(backbone):
         for one, all_of_them in zip(alone.branches, together.branches, strict=True):
             index = int(all_of_them.rows[row])
             if index >= 0:
-                for part in ("prefix", "adapter"):
-                    for a, b in zip(getattr(one, part)[:4], getattr(all_of_them, part)[:4], strict=True):
-                        assert torch.allclose(a[:, 0], b[:, index], atol=1e-6)
+                for part, fields in (("prefix", 2), ("adapter", 4)):
+                    pairs = zip(getattr(one, part)[:fields], getattr(all_of_them, part)[:fields], strict=True)
+                    assert all(torch.allclose(a[:, 0], b[:, index], atol=1e-6) for a, b in pairs)
 
 
-@pytest.mark.parametrize("modules", [("prefix",), ("adapter",), ("prefix", "adapter")])
-@pytest.mark.parametrize("norms", [True, False])
-def test_only_the_modules_asked_for_are_generated_and_trained(backbone, modules, norms):
-    network = tiny_hypernet(backbone, modules=modules, train_norms=norms)
-    weights = network(tiny_batch(backbone.model))
-    assert all((branch.prefix is not None) == ("prefix" in modules) for branch in weights.branches)
-    assert all((branch.adapter is not None) == ("adapter" in modules) for branch in weights.branches)
-    assert (weights.norms is not None) == norms
-    sum(tensor.pow(2).sum() for tensor in tensors(weights)).backward()
-    assert all(parameter.grad is not None for parameter in network.parameters())
-
-
-def test_visual_rows_can_share_the_task_branchs_layer_and_block_embeddings(backbone):
-    shared = tiny_hypernet(backbone, prefix_length=CELLS, visual_embeddings="shared")
-    own = tiny_hypernet(backbone, prefix_length=CELLS, visual_embeddings="own")
-    rows = backbone.geometry.layers + len(Block)
+def test_visual_rows_can_share_the_task_branchs_layer_and_block_embeddings():
+    backbone = tiny_backbone("t5", prefix_length=CELLS)
+    shared = tiny_hypernet(backbone, visual_embeddings="shared")
+    own = tiny_hypernet(backbone, visual_embeddings="own")
+    rows = 2 + len(Block)
     count = [sum(p.numel() for p in network.parameters()) for network in (own, shared)]
     assert count[0] - count[1] == rows * CELLS * 64
     assert shared(tiny_batch(backbone.model)).branches[1].prefix.keys.shape[2] == CELLS
@@ -118,15 +106,12 @@ def test_visual_rows_can_share_the_task_branchs_layer_and_block_embeddings(backb
 def test_t5_base_counts_follow_the_formula():
     # method: P_emb + P_proj + P_prefix + P_adapter + P_scale + P_LN, with a task embedding for each of 8 tasks
     rows, d, h, e, tasks, mid, model = 49, 64, 128, 64, 8, 16, 768
-    config = HypernetConfig(prefix_length=rows, bottleneck=mid)
-    with torch.device("meta"):
-        network = HyperNetwork(config, _t5_base(), tasks, torch.zeros(62, model))
     embeddings = rows * d * (tasks + 12 + 5)
     projector = 3 * d * h + h + h * e + e + 2 * e  # with its layer norm
     prefix = (e + 1) * 2 * model
     adapter = (e + 1) * 2 * model * mid + (e + 1) * (model + mid)
     expected = embeddings + projector + prefix + adapter + 24 + 62 * model
-    assert sum(parameter.numel() for parameter in network.parameters()) == expected == 1_907_368
+    assert trainables() == expected == 1_907_368
 
 
 def test_the_projector_starts_like_one_linear_over_the_concatenation():

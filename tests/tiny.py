@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import transformers
 
 from hyperpelt_ds.backbones import Backbone
-from hyperpelt_ds.config import HypernetConfig
-from hyperpelt_ds.contracts import Batch, Sample, Weights
+from hyperpelt_ds.config import HypernetConfig, ModulesConfig
+from hyperpelt_ds.contracts import Batch, Conditions, Sample, Weights
 from hyperpelt_ds.hypernet import HyperNetwork
+from hyperpelt_ds.hypernet.free import FreeAdapter, FreeLowRank
+from hyperpelt_ds.hypernet.heads import Generator
 
 VOCABULARY, CELLS, CHANNELS = 50, 5, 7
 KINDS = ("bart", "marian", "t5", "t5v1.1", "mt5")
@@ -84,15 +88,38 @@ def tiny_batch(model: transformers.PreTrainedModel, seed: int = 1) -> Batch:
     )
 
 
-def tiny_hypernet(backbone: Backbone, tasks: int = 3, **settings: object) -> HyperNetwork:
-    """A hypernetwork whose every output is large enough to matter, the zero-initialised ones included."""
+MODULES = ModulesConfig(prefix_length=3, bottleneck=4, lora_rank=2)
+
+
+def tiny_modules(**settings: object) -> ModulesConfig:
+    """Small modules: three prefix rows, bottleneck 4, rank 2, and what `settings` says."""
+    return dataclasses.replace(MODULES, **settings)
+
+
+def tiny_backbone(kind: str, dropout: float = 0.0, **modules: object) -> Backbone:
+    """A tiny model with places for small modules."""
+    return Backbone(tiny_model(kind, dropout), None, tiny_modules(**modules))
+
+
+def tiny_hypernet(backbone: Backbone, tasks: int = 3, image_tokens: bool = False, **settings: object) -> HyperNetwork:
+    """A hypernetwork for the modules of `backbone`, whose every output is large enough to matter."""
     torch.manual_seed(2)
-    config = HypernetConfig(**{"prefix_length": 3, "bottleneck": 4, "head_std": 0.2, **settings})
-    network = HyperNetwork(config, backbone.geometry, tasks, backbone.initial_norms, CELLS, CHANNELS)
-    for branch in (network.task_branch, network.image_branch):
-        if branch is not None and branch.adapter is not None:
-            torch.nn.init.normal_(branch.adapter.linear.weight, std=0.1)
+    config = HypernetConfig(**{"head_std": 0.2, **settings})
+    said = torch.randn(tasks, 6) if "description" in config.conditions else None
+    available = Conditions(tasks, CELLS, CHANNELS, said)
+    network = HyperNetwork(config, backbone.modules, backbone.geometry, available, backbone.initial_norms, image_tokens)
+    stir(network)
     return network
+
+
+def stir(network: torch.nn.Module) -> None:
+    """Replaces the weights that start at zero, so that every part has an effect."""
+    for module in network.modules():
+        if isinstance(module, Generator):
+            torch.nn.init.normal_(module.weight, std=0.1)
+        if isinstance(module, (FreeAdapter, FreeLowRank)):
+            for parameter in module.parameters(recurse=False):
+                torch.nn.init.normal_(parameter, std=0.3)
 
 
 def pick(batch: Batch, row: int) -> Batch:
@@ -114,6 +141,12 @@ def pick(batch: Batch, row: int) -> Batch:
 
 
 def tensors(weights: Weights) -> list[torch.Tensor]:
-    """Every generated tensor of `weights`, the norms included."""
-    parts = [part for branch in weights.branches for part in (branch.prefix, branch.adapter) if part is not None]
-    return [tensor for part in parts for tensor in part] + ([] if weights.norms is None else [weights.norms])
+    """Every tensor of `weights` but the rows, the norms included."""
+
+    def leaves(part: object) -> list[torch.Tensor]:
+        if part is None or isinstance(part, torch.Tensor):
+            return [] if part is None else [part]
+        return [leaf for item in part for leaf in leaves(item)]
+
+    tokens = [] if weights.tokens is None else [weights.tokens.values]
+    return [*leaves([branch[1:] for branch in weights.branches]), *leaves(weights.norms), *tokens]

@@ -1,5 +1,6 @@
 """Frozen transformers models that take generated weights: the only place that touches transformers' modules."""
 
 from hyperpelt_ds.backbones.base import Backbone, load_backbone, random_model
+from hyperpelt_ds.backbones.sentence import sentence_vectors
 
-__all__ = ["Backbone", "load_backbone", "random_model"]
+__all__ = ["Backbone", "load_backbone", "random_model", "sentence_vectors"]

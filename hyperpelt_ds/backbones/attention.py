@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -18,9 +19,12 @@ from hyperpelt_ds.kernels import prefix_attention
 NAME = "hyperpelt"
 
 
-def attach(module: nn.Module, slot: Slot, site: int) -> None:
-    """Makes `module`'s attention read the prefixes of attention site number `site` from `slot`."""
-    module.__dict__["hyperpelt_site"] = (slot, site)
+def attach(module: nn.Module, slot: Slot, place: int | None, sees_images: bool) -> None:
+    """Makes `module`'s attention read the prefixes of prefix site number `place` from `slot`; None for no prefix.
+
+    `sees_images` says that image tokens stand at the end of both its queries and its keys (the encoder's attention).
+    """
+    module.__dict__["hyperpelt_site"] = (slot, place, sees_images)
 
 
 def _attention(
@@ -34,11 +38,20 @@ def _attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    slot, site = module.__dict__["hyperpelt_site"]
+    slot, place, sees_images = module.__dict__["hyperpelt_site"]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    prefixes = slot.prefixes(site, query.shape[0])
+    if position_bias is not None and sees_images and slot.tokens is not None:
+        position_bias = _between_words(position_bias, slot.tokens.values.shape[1])
+    prefixes = slot.prefixes(place, query.shape[0]) if place is not None else []
     output = prefix_attention(query, key, value, prefixes, attention_mask, position_bias, scale, dropout)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _between_words(bias: Tensor, cells: int) -> Tensor:
+    """A relative position bias (1, H, T, T) that is 0 for pairs with an image token: an image has no place in a text
+    (VL-Adapter). The last `cells` positions are images."""
+    words = bias.shape[-1] - cells
+    return F.pad(bias[..., :words, :words], (0, cells, 0, cells))
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

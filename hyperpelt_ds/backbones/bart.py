@@ -7,36 +7,55 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from hyperpelt_ds.backbones.family import Family
+from hyperpelt_ds.backbones.family import Family, Sublayer
 from hyperpelt_ds.contracts import Block, Site
 
 
-def _attentions(model: Any) -> Iterator[tuple[Site, nn.Module]]:
+def _sublayers(model: Any) -> Iterator[Sublayer]:
     for number, layer in enumerate(model.get_encoder().layers):
-        yield Site(Block.ENCODER_SELF, number), layer.self_attn
+        yield _attention(Site(Block.ENCODER_SELF, number), layer.self_attn)
+        yield _ffn(Site(Block.ENCODER_FFN, number), layer)
     for number, layer in enumerate(model.get_decoder().layers):
-        yield Site(Block.DECODER_SELF, number), layer.self_attn
-        yield Site(Block.DECODER_CROSS, number), layer.encoder_attn
+        yield _attention(Site(Block.DECODER_SELF, number), layer.self_attn)
+        yield _attention(Site(Block.DECODER_CROSS, number), layer.encoder_attn)
+        yield _ffn(Site(Block.DECODER_FFN, number), layer)
 
 
-def _ffns(model: Any) -> Iterator[tuple[Site, nn.Module, nn.Module]]:
-    for block, stack in ((Block.ENCODER_FFN, model.get_encoder()), (Block.DECODER_FFN, model.get_decoder())):
-        for number, layer in enumerate(stack.layers):
-            yield Site(block, number), layer.fc1, layer.fc2
+def _attention(site: Site, module: Any) -> Sublayer:
+    linears = dict(query=module.q_proj, key=module.k_proj, value=module.v_proj, output=module.out_proj)
+    return Sublayer(site, module.q_proj, module.out_proj, linears, module)
+
+
+def _ffn(site: Site, layer: Any) -> Sublayer:
+    return Sublayer(site, layer.fc1, layer.fc2, dict(up=layer.fc1, down=layer.fc2))
 
 
 def _norms(model: Any) -> Iterator[nn.Module]:
     return (module for module in model.modules() if isinstance(module, nn.LayerNorm))
 
 
+def _embed(model: Any, ids: Tensor) -> Tensor:
+    encoder = model.get_encoder()
+    embedded: Tensor = encoder.embed_tokens(ids) * getattr(encoder, "embed_scale", 1.0)  # BART's module scales itself
+    return embedded
+
+
+def _positions(model: Any, length: int) -> Tensor:
+    table = model.get_encoder().embed_positions
+    start = getattr(table, "offset", 0)
+    positions: Tensor = table.weight[start : start + length]
+    return positions
+
+
 FAMILY = Family(
     model_types=("bart", "marian"),
-    attentions=_attentions,
-    ffns=_ffns,
+    sublayers=_sublayers,
     norms=_norms,
     prefix_size=lambda model: model.config.d_model,
+    embed=_embed,
+    positions=_positions,
     dropout_fields=("dropout", "attention_dropout", "activation_dropout"),
     no_dropout_fields=("encoder_layerdrop", "decoder_layerdrop"),
 )

@@ -6,6 +6,7 @@ from, what a task is, or how training works; a family's file tells it where thin
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Any, cast
 
@@ -20,11 +21,11 @@ from transformers import (
 )
 
 from hyperpelt_ds.backbones import attention, bart, t5
-from hyperpelt_ds.backbones.family import Family
+from hyperpelt_ds.backbones.family import Family, Sublayer
 from hyperpelt_ds.backbones.slot import Slot
-from hyperpelt_ds.config import ModelConfig
-from hyperpelt_ds.contracts import Geometry, Weights
-from hyperpelt_ds.kernels import adapter
+from hyperpelt_ds.config import ModelConfig, ModulesConfig
+from hyperpelt_ds.contracts import Block, Branch, Geometry, Projection, Site, Weights
+from hyperpelt_ds.kernels import adapter, low_rank
 
 FAMILIES = (bart.FAMILY, t5.FAMILY)
 
@@ -32,35 +33,77 @@ FAMILIES = (bart.FAMILY, t5.FAMILY)
 class Backbone:
     """The frozen model of a run. Deliberately no nn.Module: the engine must not find its parameters.
 
-    `activation` is that of generated adapters (the backbone's own is the model's business).
+    `modules` says what is put beside it and where. With `trainable` (full fine-tuning) its parameters stay as
+    transformers made them, norms included, and the caller hands `model` to the engine.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, activation: str = "relu"):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        modules: ModulesConfig | None = None,
+        trainable: bool = False,
+    ):
+        self.model, self.tokenizer, self.trainable = model, tokenizer, trainable
+        self.modules = modules if modules is not None else ModulesConfig()
         self.slot = Slot()
-        family = family_of(model.config.model_type, str(model.config.name_or_path))
-        model.requires_grad_(False).eval()
+        self._family = family_of(model.config.model_type, str(model.config.name_or_path))
+        if not trainable:
+            model.requires_grad_(False)
+        model.eval()
         model.generation_config = _plain_generation(model.config)
         model.set_attn_implementation(attention.NAME)
-        attentions, ffns = list(family.attentions(model)), list(family.ffns(model))
-        for number, (_, module) in enumerate(attentions):
-            attention.attach(module, self.slot, number)
-        for number, (_, first, last) in enumerate(ffns):
-            _attach_adapter(first, last, self.slot, number, activation)
+        self.geometry = self._attach(list(self._family.sublayers(model)))
         self._targets: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_targets)
+        model.get_encoder().register_forward_pre_hook(self._add_images, with_kwargs=True)
         self._norms = [
-            (m, n) for m in family.norms(model) for n in ("weight", "bias") if getattr(m, n, None) is not None
+            (m, n) for m in self._family.norms(model) for n in ("weight", "bias") if getattr(m, n, None) is not None
         ]
         self.initial_norms = torch.stack([getattr(module, name).detach() for module, name in self._norms])
+        if trainable:
+            self._norms = []
+            self.initial_norms = self.initial_norms[:0]
         for module, name in self._norms:
             delattr(module, name)  # a Parameter cannot be replaced by the bank's tensor; a plain attribute can
         self._set_norms(None)
-        self.geometry = Geometry(
-            sites=tuple(site for site, *_ in attentions + ffns),
-            prefix_size=family.prefix_size(model),
-            model_size=model.config.d_model,
-            norms=len(self._norms),
+        self.geometry = dataclasses.replace(self.geometry, norms=len(self._norms))
+
+    def _attach(self, sublayers: list[Sublayer]) -> Geometry:
+        """Puts the hooks of every kind of module in its places; where these are."""
+        wanted, kinds = self.modules, self.modules.kinds
+        prefix_sites: list[Site] = []
+        adapter_sites: list[Site] = []
+        linears: dict[str, list[tuple[Site, nn.Linear]]] = {}
+        for sublayer in sublayers:
+            name = sublayer.site.block.name.lower()
+            if sublayer.attention is not None:
+                has_prefix = "prefix" in kinds and name in wanted.prefix_blocks
+                place = len(prefix_sites) if has_prefix else None
+                attention.attach(sublayer.attention, self.slot, place, sublayer.site.block == Block.ENCODER_SELF)
+                prefix_sites += [sublayer.site] if has_prefix else []
+            for target in wanted.lora_targets if "lora" in kinds else ():
+                if target in sublayer.linears:
+                    own = linears.setdefault(target, [])
+                    number = wanted.lora_targets.index(target)
+                    _attach_low_rank(sublayer.linears[target], self.slot, number, len(own))
+                    own.append((sublayer.site, sublayer.linears[target]))
+            if "adapter" in kinds and name in wanted.adapter_blocks:  # after the deltas: it reads what they changed
+                _attach_adapter(sublayer, self.slot, len(adapter_sites), wanted)
+                adapter_sites.append(sublayer.site)
+        for target in wanted.lora_targets if "lora" in kinds else ():
+            if target not in linears:
+                raise ValueError(f"modules.lora_targets: a {self.model.config.model_type} model has no {target!r} here")
+        return Geometry(
+            prefix_sites=tuple(prefix_sites),
+            adapter_sites=tuple(adapter_sites),
+            projections=tuple(
+                Projection(target, tuple(site for site, _ in own), own[0][1].in_features, own[0][1].out_features)
+                for target, own in ((target, linears[target]) for target in wanted.lora_targets if target in linears)
+            ),
+            prefix_size=self._family.prefix_size(self.model),
+            model_size=self.model.config.d_model,
+            norms=0,
         )
 
     @property
@@ -97,6 +140,7 @@ class Backbone:
         only their logits are made: (N, vocabulary). Without weights this is the plain model.
         """
         self._load(weights)
+        input_ids, attention_mask = self._room_for_images(input_ids, attention_mask)
         decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         self._targets = targets
         try:
@@ -124,6 +168,7 @@ class Backbone:
         if num_beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {num_beams}")
         self._load(weights)
+        input_ids, attention_mask = self._room_for_images(input_ids, attention_mask)
         generated = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -147,18 +192,47 @@ class Backbone:
         return digest.hexdigest()
 
     def _load(self, weights: Weights | None) -> None:
-        def cast_all(parts: Any) -> Any:
-            return None if parts is None else type(parts)(*(tensor.to(self.dtype) for tensor in parts))
-
         branches = weights.branches if weights is not None else ()
-        self.slot.set(tuple(b._replace(prefix=cast_all(b.prefix), adapter=cast_all(b.adapter)) for b in branches))
+        tokens = weights.tokens if weights is not None else None
+        self.slot.set(
+            tuple(Branch(b.rows, *(_cast(part, self.dtype) for part in b[1:])) for b in branches),
+            tokens._replace(values=tokens.values.to(self.dtype)) if tokens is not None else None,
+        )
         self._set_norms(weights.norms if weights is not None else None)
+
+    def _room_for_images(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs (B, T) with a place for every image token after them, hidden from samples without an image."""
+        tokens = self.slot.tokens
+        if tokens is None:
+            return input_ids, attention_mask
+        shape = (len(input_ids), tokens.values.shape[1])
+        has_image = (tokens.rows >= 0).to(attention_mask.dtype).unsqueeze(1).expand(shape)
+        padding = input_ids.new_full(shape, self.model.config.pad_token_id)
+        return torch.cat([input_ids, padding], 1), torch.cat([attention_mask, has_image], 1)
+
+    def _add_images(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the encoder: word embeddings, then the image tokens in the room that was made for them.
+
+        What the encoder will add for positions is taken off them, so that an image's place does not depend on the
+        length of the longest text in the batch.
+        """
+        tokens, ids = self.slot.tokens, kwargs.get("input_ids")
+        if tokens is None or ids is None:
+            return None
+        images = tokens.values.index_select(0, tokens.rows.clamp(min=0))
+        positions = self._family.positions(self.model, ids.shape[1])
+        if positions is not None:
+            images = images - positions[-images.shape[1] :].to(images.dtype)
+        words = self._family.embed(self.model, ids[:, : -images.shape[1]])
+        return args, {**kwargs, "input_ids": None, "inputs_embeds": torch.cat([words, images], 1)}
 
     def _keep_targets(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Spares the projection to the vocabulary for padding: about half of all places where targets are short."""
         return None if self._targets is None else (args[0].flatten(0, 1)[self._targets],)
 
     def _set_norms(self, values: Tensor | None) -> None:
+        if not self._norms:
+            return
         values = self.initial_norms if values is None else values.to(self.initial_norms.dtype)
         for (module, name), value in zip(self._norms, values.unbind(), strict=True):
             setattr(module, name, value)
@@ -184,10 +258,12 @@ def family_of(model_type: str, where: str) -> Family:
     raise ValueError(f"model.backbone: {where!r} has model type {model_type!r}; supported are {supported}")
 
 
-def load_backbone(config: ModelConfig, activation: str = "relu") -> Backbone:
-    """Loads a local folder or hub id, frozen, with dropout, type and checkpointing as configured.
+def load_backbone(config: ModelConfig, modules: ModulesConfig | None = None) -> Backbone:
+    """Loads a local folder or hub id, frozen unless it is to be trained, with dropout, type and checkpointing as
+    configured, and places for `modules`.
 
-    Raises ValueError for an unsupported model type, and one that names the path where nothing can be loaded.
+    Raises ValueError for an unsupported model type, a type of numbers that the model overflows in, and one that names
+    the path where nothing can be loaded.
     """
     where = config.backbone
     if not where:
@@ -195,6 +271,11 @@ def load_backbone(config: ModelConfig, activation: str = "relu") -> Backbone:
     try:
         model_config = AutoConfig.from_pretrained(where)
         family = family_of(model_config.model_type, where)
+        if family.overflows_in_float16 and config.dtype == "float16":
+            raise ValueError(
+                f"model.dtype: activations of published {model_config.model_type} models leave the range of float16 "
+                f"and become NaN; use bfloat16 or float32"
+            )
         if config.dropout is not None:
             for name in family.dropout_fields:
                 setattr(model_config, name, config.dropout)
@@ -206,7 +287,7 @@ def load_backbone(config: ModelConfig, activation: str = "relu") -> Backbone:
         raise ValueError(f"model.backbone: cannot load {where!r}: {str(error).splitlines()[0]}") from error
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Backbone(model, tokenizer, activation)
+    return Backbone(model, tokenizer, modules, config.train_backbone)
 
 
 def random_model(model_type: str, **fields: Any) -> Any:
@@ -215,17 +296,37 @@ def random_model(model_type: str, **fields: Any) -> Any:
     return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **fields))
 
 
-def _attach_adapter(first: nn.Module, last: nn.Module, slot: Slot, site: int, activation: str) -> None:
-    """Adds the adapters of feed-forward site `site` beside the block that starts at `first` and ends at `last`."""
+def _cast(part: Any, dtype: torch.dtype) -> Any:
+    """The tensors of a module kind, or of a tuple of them, as `dtype`."""
+    if part is None or isinstance(part, Tensor):
+        return part if part is None else part.to(dtype)
+    parts = [_cast(item, dtype) for item in part]
+    return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+
+
+def _attach_adapter(sublayer: Sublayer, slot: Slot, place: int, modules: ModulesConfig) -> None:
+    """Adds the adapters of adapter site number `place` beside the block (parallel), or after it (sequential)."""
     inputs: list[Tensor] = []
+    parallel = modules.adapter_placement == "parallel"
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs[:] = [args[0]]
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs.pop()
-        adapters = slot.adapters(site, x.shape[0])
-        return adapter(x, output, adapters, activation) if adapters else output
+        x = inputs.pop() if parallel else output
+        adapters = slot.adapters(place, x.shape[0])
+        return adapter(x, output, adapters, modules.adapter_activation) if adapters else output
 
-    first.register_forward_pre_hook(before)
-    last.register_forward_hook(after)
+    if parallel:
+        sublayer.first.register_forward_pre_hook(before)
+    sublayer.last.register_forward_hook(after)
+
+
+def _attach_low_rank(linear: nn.Linear, slot: Slot, projection: int, place: int) -> None:
+    """Adds the low-rank deltas of site number `place` of a projection to a linear map."""
+
+    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        deltas = slot.deltas(projection, place, output.shape[0])
+        return low_rank(args[0], output, deltas) if deltas else output
+
+    linear.register_forward_hook(after)

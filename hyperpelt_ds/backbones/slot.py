@@ -7,39 +7,52 @@ error.)
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from hyperpelt_ds.contracts import Branch
+from hyperpelt_ds.contracts import Branch, Tokens
 from hyperpelt_ds.kernels.adapter import SiteAdapter
+from hyperpelt_ds.kernels.low_rank import SiteLowRank
 from hyperpelt_ds.kernels.prefix_attention import SitePrefix
 
 
 class Slot:
-    """The branches of the current forward pass, site by site."""
+    """The branches of the current forward pass, site by site, and its images' tokens."""
 
     def __init__(self) -> None:
-        self.set(())
+        self.set((), None)
 
-    def set(self, branches: tuple[Branch, ...]) -> None:
+    def set(self, branches: tuple[Branch, ...], tokens: Tokens | None) -> None:
+        self.tokens = tokens
         self._samples = [branch.rows for branch in branches]
         self._prefixes = [_by_site(branch.prefix) for branch in branches]
         self._adapters = [_by_site(branch.adapter) for branch in branches]
+        self._deltas = [[_by_site(kind) for kind in branch.lora or ()] for branch in branches]
         self._rows: dict[tuple[int, int], Tensor] = {}
 
     def prefixes(self, site: int, batch: int) -> list[SitePrefix]:
-        """The prefixes of attention site `site` for `batch` rows."""
+        """The prefixes of prefix site `site` for `batch` rows."""
         return [
-            SitePrefix._make([*sites[site], self._rows_for(number, batch)])
+            SitePrefix(rows=self._rows_for(number, batch), **sites[site])
             for number, sites in enumerate(self._prefixes)
             if sites
         ]
 
     def adapters(self, site: int, batch: int) -> list[SiteAdapter]:
-        """The adapters of feed-forward site `site` for `batch` rows."""
+        """The adapters of adapter site `site` for `batch` rows."""
         return [
-            SiteAdapter._make([*sites[site], self._rows_for(number, batch)])
+            SiteAdapter(rows=self._rows_for(number, batch), **sites[site])
             for number, sites in enumerate(self._adapters)
             if sites
+        ]
+
+    def deltas(self, projection: int, site: int, batch: int) -> list[SiteLowRank]:
+        """The low-rank deltas of site `site` of projection `projection` for `batch` rows."""
+        return [
+            SiteLowRank(rows=self._rows_for(number, batch), **kinds[projection][site])
+            for number, kinds in enumerate(self._deltas)
+            if kinds
         ]
 
     def _rows_for(self, number: int, batch: int) -> Tensor:
@@ -52,10 +65,13 @@ class Slot:
         return self._rows[number, batch]
 
 
-def _by_site(module: tuple[Tensor, ...] | None) -> list[tuple[Tensor, ...]]:
-    """The tensors (S, ...) of a module kind, site by site.
+def _by_site(module: Any) -> list[dict[str, Any]]:
+    """The tensors (S, ...) of a module kind by field, site by site; [] without such a module.
 
     Unbound once for all sites: taking `tensor[site]` at every site would fill and add a whole (S, ...) gradient for
     each of them (7 % of a training step on a CPU, measured on the demo's shapes).
     """
-    return list(zip(*(tensor.unbind() for tensor in module), strict=True)) if module is not None else []
+    if module is None:
+        return []
+    fields = {name: tensor.unbind() for name, tensor in module._asdict().items() if tensor is not None}
+    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]

@@ -1,18 +1,33 @@
-"""The hypernetwork: every weight of every site from the conditions of a batch, in one pass.
+"""All that is trained beside the frozen model: every weight of every site from the conditions of a batch, in one pass.
 
 It knows a Geometry and nothing else of any backbone, and it is all that the training engine ever sees.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperpelt_ds.config import HypernetConfig
-from hyperpelt_ds.contracts import Batch, Block, Branch, Geometry, Weights
-from hyperpelt_ds.hypernet.embeddings import CellProjection, RowEmbedding, SiteEmbedding
-from hyperpelt_ds.hypernet.heads import AdapterHead, PrefixHead
+from hyperpelt_ds.config import HypernetConfig, ModulesConfig
+from hyperpelt_ds.contracts import (
+    Batch,
+    Branch,
+    Conditions,
+    Geometry,
+    Site,
+    Tokens,
+    Weights,
+)
+from hyperpelt_ds.hypernet.conditions import SOURCES
+from hyperpelt_ds.hypernet.embeddings import SiteEmbedding
+from hyperpelt_ds.hypernet.free import FreeBranch
+from hyperpelt_ds.hypernet.heads import AdapterHead, LowRankHead, PrefixHead
 
 
 class Projector(nn.Module):
@@ -24,51 +39,59 @@ class Projector(nn.Module):
 
     def __init__(self, config: HypernetConfig):
         super().__init__()
-        size, hidden = config.embedding_size, config.hidden_size
-        joint = nn.Linear(3 * size, hidden)  # initialised whole, so that the split changes no statistics
-        self.condition = nn.Linear(size, hidden)
-        self.layer = nn.Linear(size, hidden, bias=False)
-        self.block = nn.Linear(size, hidden, bias=False)
+        size, depth = config.embedding_size, config.projector_depth
+        widths = [config.hidden_size] * (depth - 1) + [config.hyper_size]
+        joint = nn.Linear(3 * size, widths[0])  # initialised whole, so that the split changes no statistics
+        self.condition = nn.Linear(size, widths[0])
+        self.layer = nn.Linear(size, widths[0], bias=False)
+        self.block = nn.Linear(size, widths[0], bias=False)
         with torch.no_grad():
             parts = joint.weight.split(size, dim=1)
             for part, module in zip(parts, (self.condition, self.layer, self.block), strict=True):
                 module.weight.copy_(part)
             self.condition.bias.copy_(joint.bias)
-        self.out = nn.Linear(hidden, config.hyper_size)
+        self.rest = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
         self.norm = nn.LayerNorm(config.hyper_size, eps=1e-6) if config.projector_norm else nn.Identity()
 
     def forward(self, conditions: Tensor, layers: Tensor, blocks: Tensor) -> Tensor:
-        """conditions (C, P, d), layers and blocks (S, P, d) -> (S, C, P, E)."""
+        """conditions (C, P, d), layers and blocks (S, P or 1, d) -> (S, C, P, E)."""
         sites = self.layer(layers) + self.block(blocks)
-        hidden = F.relu(self.condition(conditions).unsqueeze(0) + sites.unsqueeze(1))
-        projected: Tensor = self.norm(self.out(hidden))
+        hidden = self.condition(conditions).unsqueeze(0) + sites.unsqueeze(1)
+        for linear in self.rest:
+            hidden = linear(F.relu(hidden))
+        projected: Tensor = self.norm(hidden)
         return projected
 
 
-class BranchNetwork(nn.Module):
-    """From rows of condition vectors to one branch of weights: a projector and the heads behind it."""
+class Controller(nn.Module):
+    """From condition rows to the weights of all sites of `geometry`: a projector, and a head for each kind."""
 
-    def __init__(self, config: HypernetConfig, geometry: Geometry):
+    def __init__(self, config: HypernetConfig, modules: ModulesConfig, geometry: Geometry):
         super().__init__()
-        self.attention_sites = len(geometry.attention_sites)
+        size, std = config.hyper_size, config.head_std
         self.projector = Projector(config)
-        self.prefix = self.adapter = None
-        if "prefix" in config.modules:
-            self.prefix = PrefixHead(config.hyper_size, geometry.prefix_size, config.head_std)
-        if "adapter" in config.modules:
-            sites = len(geometry.ffn_sites)
-            self.adapter = AdapterHead(
-                config.hyper_size, geometry.model_size, config.bottleneck, sites, config.head_std
-            )
+        self.heads = nn.ModuleDict()
+        places: dict[str, tuple[Site, ...]] = {}
+        if geometry.prefix_sites:
+            places["prefix"] = geometry.prefix_sites
+            self.heads["prefix"] = PrefixHead(size, geometry.prefix_size, len(geometry.prefix_sites), modules, std)
+        if geometry.adapter_sites:
+            places["adapter"] = geometry.adapter_sites
+            self.heads["adapter"] = AdapterHead(size, geometry.model_size, len(geometry.adapter_sites), modules, std)
+        for target in geometry.projections:
+            if target.sites:
+                places[target.name] = target.sites
+                self.heads[target.name] = LowRankHead(size, target, modules, std)
+        for name, sites in places.items():
+            index = torch.tensor([geometry.sites.index(site) for site in sites])
+            self.register_buffer(f"{name}_places", index, persistent=False)
 
-    def forward(self, conditions: Tensor, layers: Tensor, blocks: Tensor, rows: Tensor) -> Branch:
-        """conditions (C, P, d), layers and blocks (S, P, d) with attention sites first, rows (B,)."""
+    def forward(self, conditions: Tensor, layers: Tensor, blocks: Tensor) -> dict[str, Any]:
+        """conditions (C, P, d), layers and blocks (S, P or 1, d) -> the weights by kind, deltas by projection name."""
         hyper = self.projector(conditions, layers, blocks)
-        return Branch(
-            rows,
-            self.prefix(hyper[: self.attention_sites]) if self.prefix is not None else None,
-            self.adapter(hyper[self.attention_sites :]) if self.adapter is not None else None,
-        )
+        return {
+            name: head(hyper.index_select(0, self.get_buffer(f"{name}_places"))) for name, head in self.heads.items()
+        }
 
 
 class NormBank(nn.Module):
@@ -82,47 +105,111 @@ class NormBank(nn.Module):
         return self.values.clone()  # ZeRO-3 takes the parameter itself away when this forward ends
 
 
-class HyperNetwork(nn.Module):
-    """All trainables of a run.
+class VisualTokens(nn.Module):
+    """An image's cells as tokens of the encoder: a linear map to the model's size, then a layer norm (VL-Adapter)."""
 
-    `initial_norms` (norms, D) are the backbone's own layer-norm vectors, from which training starts.
-    `channels` is the size of an image cell's features, None for a run without images.
+    def __init__(self, channels: int, model_size: int):
+        super().__init__()
+        self.project = nn.Linear(channels, model_size)
+        self.norm = nn.LayerNorm(model_size)
+
+    def forward(self, batch: Batch) -> Tokens:
+        """Tokens (C, V, D) of the batch's distinct images, and each sample's place among them (B,), or -1."""
+        assert batch.images is not None and batch.image_rows is not None
+        return Tokens(self.norm(self.project(batch.images.to(self.project.weight.dtype))), batch.image_rows)
+
+
+class HyperNetwork(nn.Module):
+    """All trainables of a run: a branch of weights for each condition, plain parameters, image tokens, norms.
+
+    `initial_norms` (norms, D) are the backbone's own layer-norm vectors, from which training starts. Conditions that
+    the run does not have (images in a run with text only) make no branch.
     """
 
     def __init__(
         self,
         config: HypernetConfig,
+        modules: ModulesConfig,
         geometry: Geometry,
-        tasks: int,
+        available: Conditions,
         initial_norms: Tensor,
-        cells: int | None = None,
-        channels: int | None = None,
+        image_tokens: bool = False,
     ):
         super().__init__()
-        sites = geometry.attention_sites + geometry.ffn_sites
-        size = config.embedding_size
+        has_images = available.cells is not None
+        names = [name for name in config.conditions if name != "image" or has_images] if modules.kinds else []
+        stacks = [geometry] if config.copies == 1 else [geometry.stack(encoder=True), geometry.stack(encoder=False)]
+        stacks = [stack for stack in stacks if stack.sites]
+        self.projections = geometry.projections
+        self.conditions, self.sites, self.controllers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self._sites_of: dict[str, str] = {}
+        for name in names:
+            source: Any = SOURCES[name](config, modules.prefix_length, available)
+            where = "image" if name == "image" and config.visual_embeddings == "own" else "task"
+            if where not in self.sites:
+                self.sites[where] = nn.ModuleList(
+                    SiteEmbedding(stack.sites, source.rows, config.embedding_size, config.rows == "expanded")
+                    for stack in stacks
+                )
+            self.conditions[name], self._sites_of[name] = source, where
+            self.controllers[name] = nn.ModuleList(Controller(config, modules, stack) for stack in stacks)
+        self.free = None
+        if modules.kinds and config.parameters != "none":
+            self.free = FreeBranch(config, modules, geometry, available.tasks)
+        self.image_tokens = None
+        if image_tokens:
+            assert available.channels is not None
+            self.image_tokens = VisualTokens(available.channels, geometry.model_size)
+        self.norms = NormBank(initial_norms) if modules.train_norms and geometry.norms else None
 
-        def positions(rows: int) -> SiteEmbedding:
-            return SiteEmbedding(sites, geometry.layers, len(Block), rows, size)
-
-        self.tasks = RowEmbedding(tasks, config.prefix_length, size)
-        self.sites = positions(config.prefix_length)
-        self.task_branch = BranchNetwork(config, geometry)
-        self.images = self.image_sites = self.image_branch = None
-        if cells is not None and channels is not None:
-            self.images = CellProjection(channels, size)
-            self.image_sites = positions(cells) if config.visual_embeddings == "own" else None
-            self.image_branch = BranchNetwork(config, geometry)
-        self.norms = NormBank(initial_norms) if config.train_norms else None
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        """What each of the branches that `forward` gives is made from, in their order."""
+        return (*self.conditions, *(["free"] if self.free is not None else []))
 
     def forward(self, batch: Batch) -> Weights:
         """The weights of every site for the conditions of `batch`; samples refer to them by `Branch.rows`."""
-        layers, blocks = self.sites()
-        branches = [self.task_branch(self.tasks(batch.tasks), layers, blocks, batch.task_rows)]
-        if self.images is not None and self.image_branch is not None:
-            assert batch.images is not None and batch.image_rows is not None
-            if self.image_sites is not None:
-                layers, blocks = self.image_sites()
-            cells = batch.images.to(self.images.project.weight.dtype)
-            branches.append(self.image_branch(self.images(cells), layers, blocks, batch.image_rows))
-        return Weights(tuple(branches), self.norms() if self.norms is not None else None)
+        sites = {name: [embedding() for embedding in _stacks(stacks)] for name, stacks in self.sites.items()}
+        branches = []
+        for name, condition in self.conditions.items():
+            vectors, rows = condition(batch)
+            pairs = zip(_stacks(self.controllers[name]), sites[self._sites_of[name]], strict=True)
+            made = _join([controller(vectors, *where) for controller, where in pairs])
+            lora = tuple(made[target.name] for target in self.projections)
+            branches.append(Branch(rows, made.get("prefix"), made.get("adapter"), lora or None))
+        if self.free is not None:
+            branches.append(self.free(batch))
+        return Weights(
+            tuple(branches),
+            self.norms() if self.norms is not None else None,
+            self.image_tokens(batch) if self.image_tokens is not None else None,
+        )
+
+    @contextmanager
+    def shifted_layers(self, by: int = 1) -> Iterator[None]:
+        """Within, what is generated for a layer goes to the one `by` before it: a control for what layers carry."""
+        embeddings = [embedding for stacks in self.sites.values() for embedding in _stacks(stacks)]
+        for embedding in embeddings:
+            embedding.shift_layers(by)
+        try:
+            yield
+        finally:
+            for embedding in embeddings:
+                embedding.shift_layers(-by)
+
+
+def _stacks(modules: nn.Module) -> list[Any]:
+    """The members of a module list: one for both stacks, or the encoder's and the decoder's."""
+    return list(modules.children())
+
+
+def _join(stacks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The weights of one stack's sites after the other's."""
+    if len(stacks) == 1:
+        return stacks[0]
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(name for stack in stacks for name in stack):
+        parts = [stack[name] for stack in stacks if name in stack]
+        columns = zip(*parts, strict=True)
+        joined[name] = type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))
+    return joined

@@ -1,7 +1,8 @@
-"""The three products that applying generated weights comes down to, each behind one function.
+"""The four products that applying generated weights comes down to, each behind one function.
 
     generate           hyper-embeddings of all sites and distinct conditions -> weights, one matrix product
-    adapter            parallel adapters of a mixed batch, every sample with its own condition's weights
+    adapter            bottleneck adapters of a mixed batch, every sample with its own condition's weights
+    low_rank           low-rank deltas of a mixed batch, likewise
     prefix_attention   attention with every sample's own prefix rows before its keys and values
 
 This file set knows tensors and indices only: no model, no task, no site. It is plain torch; every function already
@@ -11,6 +12,7 @@ per token), so that a kernel can be put behind the same call.
 
 from hyperpelt_ds.kernels.adapter import adapter
 from hyperpelt_ds.kernels.generate import generate
+from hyperpelt_ds.kernels.low_rank import low_rank
 from hyperpelt_ds.kernels.prefix_attention import prefix_attention
 
-__all__ = ["adapter", "generate", "prefix_attention"]
+__all__ = ["adapter", "generate", "low_rank", "prefix_attention"]

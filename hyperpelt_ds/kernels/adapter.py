@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+NORM_EPSILON = 1e-5
 
 
 class SiteAdapter(NamedTuple):
@@ -21,11 +29,14 @@ class SiteAdapter(NamedTuple):
     up_bias: Tensor  # (C, D)
     scale: Tensor  # ()
     rows: Tensor  # (B,) int64
+    gain: Tensor | None = None  # (C, D)
+    shift: Tensor | None = None  # (C, D)
 
 
 def adapter(x: Tensor, residual: Tensor, adapters: Sequence[SiteAdapter], activation: str) -> Tensor:
-    """residual + sum over branches of scale * (act(x down + down_bias) up + up_bias).
+    """residual + sum over branches of scale * norm(act(x down + down_bias) up + up_bias).
 
+    `norm` is a layer norm with the branch's gain and shift where it has them (HyperFormer), else nothing.
     x, residual (B, T, D) -> (B, T, D). A sample whose row is -1 in a branch gets nothing from that branch.
     Paper section 4 (adapter beside the feed-forward block); the activation is one of ACTIVATIONS.
     """
@@ -33,11 +44,15 @@ def adapter(x: Tensor, residual: Tensor, adapters: Sequence[SiteAdapter], activa
     for part in adapters:
         # One weight set a sample, never one a token; a sample without a condition reads row 0 and is scaled by 0.
         rows = part.rows.clamp(min=0)
-        gain = (part.scale * (part.rows >= 0)).to(x.dtype).view(-1, 1, 1)
+        factor = (part.scale * (part.rows >= 0)).to(x.dtype).view(-1, 1, 1)
         hidden = act(
             torch.baddbmm(part.down_bias.index_select(0, rows).unsqueeze(1), x, part.down.index_select(0, rows))
         )
-        residual = residual + gain * torch.baddbmm(
-            part.up_bias.index_select(0, rows).unsqueeze(1), hidden, part.up.index_select(0, rows)
-        )
+        added = torch.baddbmm(part.up_bias.index_select(0, rows).unsqueeze(1), hidden, part.up.index_select(0, rows))
+        if part.gain is not None and part.shift is not None:
+            normal = F.layer_norm(added, added.shape[-1:], eps=NORM_EPSILON)
+            added = normal * part.gain.index_select(0, rows).unsqueeze(1) + part.shift.index_select(0, rows).unsqueeze(
+                1
+            )
+        residual = residual + factor * added
     return residual
