@@ -138,6 +138,10 @@ class DataConfig:
     """Path of a manifest.json written by data_prep."""
     tasks: tuple[str, ...] = ()
     """Tasks of the run in order; the order gives each task its embedding row. Empty: all of the manifest."""
+    train_tasks: tuple[str, ...] = ()
+    """The tasks of the run that are trained on and validated; empty: all of them. The others only keep their rows."""
+    shots: int = 0
+    """Training samples of each task, chosen by train.seed; 0 takes all."""
     temperature: float = 10.0
     """Tasks are drawn with p ~ n^(1/temperature)."""
     task_weights: dict[str, float] = field(default_factory=dict)
@@ -177,6 +181,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class TransferConfig:
+    """Where the trainables start, if not at random, and which of them are trained."""
+
+    init_from: str = ""
+    """Folder of a finished run whose weights this one starts from."""
+    like: dict[str, str] = field(default_factory=dict)
+    """For a task that init_from does not have: the task whose weights it starts from. A new task left out here starts
+    from the one that answers its training samples with the lowest loss."""
+    train: Literal["all", "embeddings"] = "all"
+    """`embeddings` trains only what belongs to the tasks of data.train_tasks alone: their embeddings, or their own sets
+    of plain parameters. Every other task then stays as it is, to the last bit."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Validation and scoring by generation."""
 
@@ -198,6 +216,12 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+
+    @property
+    def trained_tasks(self) -> tuple[str, ...]:
+        """The tasks that are drawn and validated, in order."""
+        return self.data.train_tasks or self.data.tasks
 
     def override(self, assignments: typing.Iterable[str]) -> Config:
         """A copy changed by `section.key=value` strings; values are JSON, or else plain strings.
@@ -320,6 +344,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "hypernet.prefix_mlp",
     "hypernet.head_std",
+    "data.shots",
     "data.workers",
     "train.seed",
     "train.warmup_steps",
@@ -347,6 +372,11 @@ def _check_ranges(config: Config) -> None:
     _check_modules(config)
     if len(set(config.data.tasks)) != len(config.data.tasks):
         raise ValueError(f"data.tasks: a task is named twice in {list(config.data.tasks)}")
+    for task in config.data.train_tasks:
+        if config.data.tasks and task not in config.data.tasks:
+            raise ValueError(f"data.train_tasks: {task!r} is not one of data.tasks, {', '.join(config.data.tasks)}")
+    if config.transfer.train == "embeddings" and not (config.transfer.init_from and config.data.train_tasks):
+        raise ValueError("transfer.train='embeddings' needs transfer.init_from and data.train_tasks")
     bad = {task: weight for task, weight in config.data.task_weights.items() if weight <= 0}
     if bad:
         raise ValueError(f"data.task_weights: must be greater than 0, got {bad}")

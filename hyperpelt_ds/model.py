@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hyperpelt_ds import config as configs
+from hyperpelt_ds import task_file
 from hyperpelt_ds.backbones import Backbone, load_backbone, sentence_vectors
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Conditions, Sample, Weights
-from hyperpelt_ds.data.collate import Collator
+from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.hypernet import HyperNetwork
 from hyperpelt_ds.tasks import get, needs_image
 from hyperpelt_ds.vision import VisionEncoder, load_encoder
@@ -56,6 +57,22 @@ class HyperPELT(nn.Module):
         self.label_smoothing = config.train.label_smoothing
         self.backbone = backbone  # no nn.Module, so registration does not see its parameters
         self.trained_backbone = backbone.model if backbone.trainable else None
+
+    @property
+    def per_task(self) -> dict[str, int]:
+        """The parameters that have an entry for each task, by name, and the dimension along which they do."""
+        return {f"hypernet.{name}": dim for name, dim in self.hypernet.per_task.items()}
+
+    @torch.no_grad()
+    def add_task(self, name: str, entries: dict[str, Tensor]) -> None:
+        """Appends a task to a model that is not being trained: `entries` hold what belongs to it alone."""
+        for parameter_name, dim in self.per_task.items():
+            module_name, _, own_name = parameter_name.rpartition(".")
+            module = self.get_submodule(module_name)
+            parameter = module.get_parameter(own_name)
+            longer = torch.cat([parameter, entries[parameter_name].to(parameter)], dim)
+            setattr(module, own_name, nn.Parameter(longer))
+        self.tasks = (*self.tasks, name)
 
     def train(self, mode: bool = True) -> HyperPELT:
         super().train(mode)
@@ -151,17 +168,46 @@ class Predictor:
 
     def __init__(self, config: Config, model: HyperPELT, made_with: dict[str, Any] | None = None):
         self.config, self.model, self.made_with = config, model.eval(), made_with
-        vision = config.vision
-        has_images = vision.encoder is not None
-        self.collator = Collator(
-            model.backbone.tokenizer,
-            model.tasks,
-            config.data.max_source_length,
-            config.data.max_target_length,
-            vision.cells if has_images else None,
-            vision.channels if has_images else None,
-        )
+        self.collator = collator_for(config, model.tasks, model.backbone.tokenizer)
         self._encoder: VisionEncoder | None = None
+
+    def add_task(self, file: str | Path) -> str:
+        """Adds a task that was trained on top of this run and shipped as a file; its name.
+
+        Raises ValueError if the file is no task file, was trained beside other weights, or names a task that is there.
+        """
+        task, base, entries = task_file.read(file)
+        self._check_new(task)
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        now = task_file.base_fingerprint(weights, self.model.per_task)
+        if base != now:
+            raise ValueError(
+                f"task file {file} was trained beside weights with fingerprint {base[:12]}, this run has {now[:12]}"
+            )
+        self.model.add_task(task, entries)
+        self.collator = collator_for(self.config, self.model.tasks, self.model.backbone.tokenizer)
+        return task
+
+    def describe_task(self, name: str, sentence: str) -> None:
+        """Adds a task that was never trained, by what is said about it; only for a run whose tasks are described.
+
+        Raises ValueError if the run needs more of a task than a description, or has a task of that name.
+        """
+        self._check_new(name)
+        conditions = self.model.hypernet.conditions
+        if "description" not in conditions or self.model.per_task:
+            raise ValueError(
+                f"task {name!r} cannot be described: the run was trained with hypernet.conditions="
+                f"{list(self.config.hypernet.conditions)} and hypernet.parameters={self.config.hypernet.parameters!r}"
+            )
+        source: Any = conditions["description"]
+        source.extend(describe(self.config, [sentence]))
+        self.model.add_task(name, {})
+        self.collator = collator_for(self.config, self.model.tasks, self.model.backbone.tokenizer)
+
+    def _check_new(self, task: str) -> None:
+        if task in self.model.tasks:
+            raise ValueError(f"task {task!r} is already there: {', '.join(self.model.tasks)}")
 
     def generate(
         self,
@@ -234,8 +280,8 @@ def _open(image: Image.Image | str | Path) -> Image.Image:
         raise ValueError(f"cannot read image {str(image)!r}: {error}") from error
 
 
-def load(run_dir: str | Path, device: str | torch.device = "cpu") -> Predictor:
-    """The best checkpoint of a run, else its newest one, ready to generate.
+def load(run_dir: str | Path, device: str | torch.device = "cpu", tasks: Sequence[str | Path] = ()) -> Predictor:
+    """The best checkpoint of a run, else its newest one, ready to generate; with the task files `tasks` added.
 
     Raises ValueError that names the folder or file where something is missing or does not fit.
     """
@@ -255,7 +301,10 @@ def load(run_dir: str | Path, device: str | torch.device = "cpu") -> Predictor:
         names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         raise ValueError(f"{weights} does not fit {folder / 'config.json'}: {', '.join(names[:5])} differ")
     model.load_state_dict(state, strict=False)  # a trained backbone's tied weights have names that are not in the file
-    return Predictor(config, model.to_device(torch.device(device)), identity["encoder"])
+    predictor = Predictor(config, model.to_device(torch.device(device)), identity["encoder"])
+    for file in tasks:
+        predictor.add_task(file)
+    return predictor
 
 
 def identity_of(run_dir: Path) -> dict[str, Any]:

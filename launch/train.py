@@ -7,9 +7,13 @@ from command import run
 
 def train(
     *overrides: str,
-    recipe: str,
     ds_config: str,
     run_dir: str,
+    recipe: str | None = None,
+    init_from: str | None = None,
+    new_task: str | None = None,
+    like: str | None = None,
+    train: str = "all",
     resume: bool = False,
     local_rank: int = 0,
 ) -> None:
@@ -22,19 +26,38 @@ def train(
             --run_dir runs/demo --resume
         python launch/train.py --recipe demo --ds_config ds_configs/zero2_cpu.json --run_dir runs/short
             train.steps=20 data.tasks=movie_sentiment,easy_vqa
+        python launch/train.py --init_from runs/demo --new_task my_task --train embeddings
+            --ds_config ds_configs/zero2_cpu.json --run_dir runs/my_task data.manifest=data/mine/manifest.json
 
     Args:
         overrides: any number of section.key=value that replace values of the recipe
-        recipe: name of a recipe in hyperpelt_ds/recipes.py
         ds_config: DeepSpeed JSON, one of ds_configs/ or your own
         run_dir: folder of the run; must be new or empty without --resume
+        recipe: name of a recipe in hyperpelt_ds/recipes.py; this or --init_from
+        init_from: folder of a finished run to start from, with its configuration
+        new_task: tasks (separated by commas) that are added to those of --init_from, and trained on
+        like: the task of --init_from that new tasks start from; if left out, the one that answers them best
+        train: with --new_task, "all" trainables, or only the "embeddings" of the new tasks, which leaves all others as
+            they are and writes RUN_DIR/tasks/NAME.safetensors, to be added to the other run
         resume: continue from the newest valid checkpoint in run_dir, or start if there is none
         local_rank: set by the DeepSpeed launcher
     """
     from hyperpelt_ds import recipes
-    from hyperpelt_ds.train import loop
+    from hyperpelt_ds.train import loop, transfer
 
-    loop.train(recipes.get(recipe).override(overrides), ds_config, run_dir, resume)
+    if (recipe is None) == (init_from is None):
+        raise ValueError("give either --recipe or --init_from")
+    if train not in ("all", "embeddings"):
+        raise ValueError(f"--train {train}: allowed are all and embeddings")
+    if init_from is not None:
+        names = [name for name in (new_task or "").split(",") if name]
+        config = transfer.from_run(init_from, names, like, train)
+    else:
+        assert recipe is not None
+        if new_task or like or train != "all":
+            raise ValueError("--new_task, --like and --train need --init_from")
+        config = recipes.get(recipe)
+    loop.train(config.override(overrides), ds_config, run_dir, resume)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,24 @@ def train_on_two_ranks(run_python: Callable[..., subprocess.CompletedProcess[str
 
 
 @pytest.fixture(scope="session")
+def train_many(
+    run_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., None]:
+    """Trains {name: (config, DeepSpeed JSON, run_dir)} in order, in one group of two ranks."""
+
+    def train(jobs: dict[str, tuple[Config, str, Path]]) -> None:
+        file = tmp_path_factory.mktemp("jobs") / "jobs.json"
+        lines = [{"config": to_dict(c), "ds_config": str(d), "run_dir": str(r)} for c, d, r in jobs.values()]
+        file.write_text(json.dumps(lines))
+        done = run_python(
+            *("deepspeed", "--master_port", free_port(), "--num_accelerators", 2, "tests/train_many.py", file)
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+    return train
+
+
+@pytest.fixture(scope="session")
 def with_dropout(config: Config) -> Config:
     return config.override(["model.dropout=0.1"])
 

@@ -11,7 +11,6 @@ import pytest
 import tiny
 from torch import nn
 
-from hyperpelt_ds.backbones import Backbone
 from hyperpelt_ds.config import Config, TrainConfig
 from hyperpelt_ds.train import engine
 

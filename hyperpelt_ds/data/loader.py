@@ -53,7 +53,13 @@ class TrainStream:
         self.rank, self.world_size = rank, world_size
         self.accumulation = _accumulation(config.train.global_batch, config.train.micro_batch, world_size)
         _check_features(manifest, config)
-        counts = _counts(manifest, tasks, TRAIN)
+        self._reader = Reader(manifest)
+        shots, salt = config.data.shots, str(config.train.seed)
+        self._chosen = {
+            task: _chosen(self._reader, task, TRAIN, count, shots, salt)
+            for task, count in _counts(manifest, config.data.train_tasks or tasks, TRAIN).items()
+        }
+        counts = {task: len(chosen) for task, chosen in self._chosen.items()}
         probabilities = mixture(counts, config.data.temperature, config.data.task_weights)
         self.order = Order(counts, config.train.seed, probabilities)
         if state is not None:
@@ -62,7 +68,6 @@ class TrainStream:
         self._drawn = dict(state.counts) if state else dict.fromkeys(counts, 0)
         self._planned: deque[dict[str, int]] = deque()  # the draws that follow each step not yet committed
         self._given = 0  # how many of those steps the loop has been given
-        self._reader = Reader(manifest)
         self._micro_batches = _MicroBatches(
             self._reader,
             collator_for(config, tasks, tokenizer),
@@ -95,6 +100,10 @@ class TrainStream:
                 yield step
                 step = []
 
+    def samples(self, task: str, limit: int) -> list[Sample]:
+        """At most `limit` of the samples that this stream draws of a task."""
+        return [self._reader.sample(task, TRAIN, index) for index in self._chosen[task][:limit]]
+
     def commit(self) -> None:
         """Counts the oldest step not yet committed as done, whether its update was applied or skipped."""
         assert self._given, "commit() without a step given out before"
@@ -113,6 +122,7 @@ class TrainStream:
         drawn = self._drawn
         while True:
             places, drawn = self.order.draw(drawn, self.config.train.global_batch)
+            places = [(task, self._chosen[task][number]) for task, number in places]
             self._planned.append(drawn)
             lengths = [self._reader.length(task, TRAIN, index) for task, index in places]
             yield from _share(places, lengths, self.config.train.micro_batch, self.rank, self.world_size)
@@ -214,10 +224,13 @@ def _counts(manifest: Manifest, tasks: Sequence[str], split: str) -> dict[str, i
     return counts
 
 
-def _chosen(reader: Reader, task: str, split: str, count: int, limit: int) -> Sequence[int]:
+def _chosen(reader: Reader, task: str, split: str, count: int, limit: int, salt: str = "") -> Sequence[int]:
+    """The places of `limit` samples (0: all), those whose keys have the smallest hashes under `salt`."""
     if not 0 < limit < count:
         return range(count)
-    return sorted(range(count), key=lambda i: hashlib.sha256(reader.key(task, split, i).encode()).digest())[:limit]
+    return sorted(range(count), key=lambda i: hashlib.sha256((salt + reader.key(task, split, i)).encode()).digest())[
+        :limit
+    ]
 
 
 def _accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:

@@ -161,6 +161,13 @@ class HyperNetwork(nn.Module):
             assert available.channels is not None
             self.image_tokens = VisualTokens(available.channels, geometry.model_size)
         self.norms = NormBank(initial_norms) if modules.train_norms and geometry.norms else None
+        self.per_task: dict[str, int] = {}
+        """The parameters that have an entry for each task, by name, and along which dimension."""
+        if "task" in self.conditions:
+            self.per_task["conditions.task.embedding.table.weight"] = 0
+        if self.free is not None and not self.free.shared:
+            several = (name for name, parameter in self.free.named_parameters() if parameter.ndim > 1)
+            self.per_task.update({f"free.{name}": 1 for name in several})
 
     @property
     def branch_names(self) -> tuple[str, ...]:

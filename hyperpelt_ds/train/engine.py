@@ -120,7 +120,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """The weights of linear maps decay; embeddings, norms, biases and scales do not. No group is ever empty, because
     the engine drops an empty one and so renumbers those after it."""
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
@@ -191,8 +191,9 @@ class Engine:
 
         gathered: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            full = parameter.detach().float() if full is None else full  # stage 0 keeps no other copy
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            with _deepspeed().zero.GatheredParameters([parameter], enabled=full is None and self.stage == 3):
+                full = parameter.detach().float() if full is None else full  # stage 0, and what is frozen: no copy
             if dist.rank() == 0:
                 gathered[name] = full.detach().to("cpu", copy=True).contiguous()
         return gathered

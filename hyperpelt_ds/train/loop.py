@@ -28,7 +28,7 @@ from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.data.loader import TrainStream, check_samples
 from hyperpelt_ds.data.shards import Manifest
 from hyperpelt_ds.model import IDENTITY, HyperPELT, build
-from hyperpelt_ds.train import checkpoint, engine, evaluate
+from hyperpelt_ds.train import checkpoint, engine, evaluate, transfer
 from hyperpelt_ds.train.checkpoint import Progress
 from hyperpelt_ds.train.engine import Engine
 from hyperpelt_ds.train.metrics import Window, Writer
@@ -68,6 +68,7 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
     backbone = model.backbone.fingerprint()
     dist.agree("the frozen backbone", backbone)
     _check_samples(manifest, config, model)
+    decided = transfer.start(model, config, manifest) if config.transfer.init_from else None
     wrapped = engine.start(model, config, ds_config)
     _seed(config.train.seed)
     saved = _resume(folder, wrapped, config, backbone)
@@ -86,20 +87,29 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
         configuration.save(config, folder / "config.json")
         identity = {"backbone": backbone, "manifest": manifest.digest, "encoder": _encoder(manifest)}
         (folder / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
+        if decided is not None:
+            transfer.write_decisions(folder, decided)
         (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
     _steps(Run(config, folder, manifest, model, wrapped, stream, backbone), progress)
+    if config.transfer.train == "embeddings" and dist.rank() == 0:
+        for file in transfer.write_task_files(folder, model, config.trained_tasks):
+            log.info("%s: %d bytes, to be added to %s", file, file.stat().st_size, config.transfer.init_from)
     return model
 
 
 def resolve(config: Config, manifest: Manifest) -> Config:
     """The configuration with its task list spelt out; raises ValueError for a task that cannot be trained here."""
     names = config.data.tasks or tuple(manifest.tasks)
-    for name in names:
+    unknown = [name for name in config.data.train_tasks if name not in names]
+    if unknown:
+        raise ValueError(f"data.train_tasks: {unknown[0]!r} is not one of the run's tasks, {', '.join(names)}")
+    trained = config.data.train_tasks or names
+    for name in trained:
         if not manifest.count(name, "train"):
             raise ValueError(f"task {name!r} has no samples in the train split of {config.data.manifest}")
         if tasks.needs_image(name) and config.vision.encoder is None:
             raise ValueError(f"task {name!r} needs images, but vision.encoder is not set")
-    if not any(manifest.count(name, VALIDATION) for name in names):
+    if not any(manifest.count(name, VALIDATION) for name in trained):
         raise ValueError(f"no task of the run has samples in the {VALIDATION} split of {config.data.manifest}")
     data, model, vision = config.data, config.model, config.vision
     return dataclasses.replace(  # local paths in full, so that the run can be loaded from anywhere
@@ -223,7 +233,7 @@ def _check_samples(manifest: Manifest, config: Config, model: HyperPELT) -> None
     collator = collator_for(config, config.data.tasks, model.backbone.tokenizer)
     fault = None
     try:
-        check_samples(manifest, config.data.tasks, collator, dist.rank(), dist.world_size())
+        check_samples(manifest, config.trained_tasks, collator, dist.rank(), dist.world_size())
     except ValueError as error:
         fault = str(error)
     faults = [text for text in dist.gather(fault) if text is not None]

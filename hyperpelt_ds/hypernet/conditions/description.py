@@ -33,6 +33,10 @@ class DescriptionCondition(nn.Module):
         """Replaces the vectors of all tasks, (tasks, F'), each scaled to entries of mean square 1."""
         self.vectors = F.normalize(vectors.to(self.vectors), dim=1) * vectors.shape[1] ** 0.5
 
+    def extend(self, vectors: Tensor) -> None:
+        """Appends the vectors of further tasks, (tasks, F')."""
+        self.describe(torch.cat([self.vectors, vectors.to(self.vectors)]))
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows (C, P, d) of the batch's distinct tasks, and each sample's place among them (B,)."""
         said: Tensor = self.project(self.vectors[batch.tasks].to(self.project.weight.dtype))

@@ -1,0 +1,83 @@
+"""Few-shot transfer of a trained run to a new task: shots x seeds, with mean and standard error."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from command import run
+
+
+def transfer(
+    *overrides: str,
+    run_dir: str,
+    new_task: str,
+    out: str,
+    ds_config: str,
+    shots: str = "16,64,256",
+    seeds: int = 5,
+    like: str | None = None,
+    train: str = "embeddings",
+    split: str = "test",
+    launcher: str = sys.executable,
+) -> None:
+    """Train a new task from a finished run with few samples, several times, and print mean and standard error.
+
+    Every cell is an ordinary run in OUT/SHOTS_shots_seed_SEED; finished cells are not run again, so the command can be
+    repeated after an interruption. The last weights are scored: few-shot runs have no samples to choose a step with.
+
+    Examples:
+        python launch/transfer.py --run_dir runs/demo --new_task my_task --out runs/few
+            --ds_config ds_configs/zero2_cpu.json --shots 16,64 --seeds 3 train.steps=100 train.learning_rate=0.01
+
+    Args:
+        overrides: any number of section.key=value, for example data.manifest, train.steps and train.learning_rate
+        run_dir: folder of the finished run to start from
+        new_task: the task; the manifest in use must have its samples
+        out: folder for the runs and for transfer.json, which holds all scores
+        ds_config: DeepSpeed JSON of the runs
+        shots: numbers of training samples, separated by commas
+        seeds: how many seeds; a seed chooses the samples and their order
+        like: the task of the run to start from; if left out, the one that answers the samples best
+        train: "all" trainables, or only the new task's "embeddings"
+        split: which split is scored
+        launcher: what runs a script, for example "deepspeed --num_accelerators 2"
+    """
+    counts = [part for part in shots.split(",") if part]
+    if not counts or not all(count.isdigit() and int(count) for count in counts) or seeds < 1:
+        raise ValueError(f"--shots {shots} --seeds {seeds}: expected numbers above 0, as in --shots 16,64 --seeds 3")
+    here, rows = Path(__file__).resolve().parent, []
+    for count in counts:
+        scores = []
+        for seed in range(seeds):
+            cell = Path(out) / f"{count}_shots_seed_{seed}"
+            if not (cell / "results.json").is_file():
+                start = ["--init_from", run_dir, "--new_task", new_task, "--train", train, "--ds_config", ds_config]
+                start += ["--like", like] if like else []
+                # validated at the last step only, which is so the best one
+                own = [f"data.shots={count}", f"train.seed={seed}", "train.eval_every=1000000000", *overrides]
+                _call(launcher, here / "train.py", *start, "--run_dir", str(cell), "--resume", *own)
+                score = ["--run_dir", str(cell), "--tasks", new_task, "--split", split, "--shuffle", "none"]
+                _call(launcher, here / "evaluate.py", *score)
+            scores.append(json.loads((cell / "results.json").read_text())["tasks"][new_task]["score"])
+        mean, error = statistics.mean(scores), statistics.stdev(scores) / seeds**0.5 if seeds > 1 else float("nan")
+        rows.append({"shots": int(count), "mean": mean, "standard_error": error, "scores": scores})
+    about = {"run_dir": run_dir, "task": new_task, "train": train, "split": split, "overrides": list(overrides)}
+    Path(out, "transfer.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    print(f"{new_task}, {train} trained, {seeds} seeds, {split} split")
+    for row in rows:
+        print(f"{row['shots']:6} shots  {row['mean']:.3f} +- {row['standard_error']:.3f} (standard error)")
+
+
+def _call(launcher: str, script: Path, *arguments: str) -> None:
+    done = subprocess.run([*shlex.split(launcher), str(script), *arguments])
+    if done.returncode:
+        raise ValueError(f"{script.name} {' '.join(arguments)} failed with exit code {done.returncode}, see above")
+
+
+if __name__ == "__main__":
+    run(transfer)

@@ -1,0 +1,150 @@
+"""Starting from another run: a new task's embedding alone leaves every other task as it is, and ships as a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from hyperpelt_ds import config as configuration
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.data.loader import TrainStream
+from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.model import load, weights_file
+from hyperpelt_ds.train import transfer
+
+OLD, NEW = ("movie_sentiment", "easy_vqa", "shape_caption"), "movie_rating"
+SAMPLE = Sample("1", NEW, "the film is very good", "good")
+SOURCES = ["the film is very good", "a dull moving story", "the is was bad"]
+
+
+@pytest.fixture(scope="module")
+def runs(config: Config, train_many, tmp_path_factory) -> dict[str, Path]:
+    """A base on three tasks, and what was trained from it: by name."""
+    folder = tmp_path_factory.mktemp("transfer")
+    base = config.override([f"data.tasks={','.join(OLD)}", "train.steps=4", "train.eval_every=4", "train.save_every=4"])
+    own = base.override(["modules.kinds=adapter", "hypernet.conditions=[]", "hypernet.parameters=task"])
+
+    def after(run: str, train: str, *overrides: str) -> Config:
+        tree = configuration.to_dict({"base": base, "own": own}[run])
+        tree["data"].update(tasks=[*OLD, NEW], train_tasks=[NEW])
+        tree["transfer"] = {"init_from": str(folder / run), "train": train}
+        return configuration.from_dict(tree).override(["train.learning_rate=0.1", "data.shots=6", *overrides])
+
+    jobs = {
+        "base": (base, 2),
+        "own": (own, 2),
+        "embeddings": (after("base", "embeddings", "train.weight_decay=0.1"), 2),
+        "embeddings3": (after("base", "embeddings"), 3),
+        "all": (after("base", "all", f'transfer.like={{"{NEW}": "easy_vqa"}}'), 2),
+        "own_embeddings": (after("own", "embeddings"), 2),
+    }
+    train_many({name: (job, f"ds_configs/zero{stage}_cpu.json", folder / name) for name, (job, stage) in jobs.items()})
+    return {name: folder / name for name in jobs}
+
+
+def _logits(run: Path, task: str, files: tuple[Path, ...] = ()) -> torch.Tensor:
+    """Logits of a fixed text and answer of a task."""
+    predictor = load(run, tasks=files)
+    sample = dataclasses.replace(SAMPLE, task=task)
+    image = {"x": torch.ones(4, 16).numpy()}
+    batch = predictor.collator([sample, dataclasses.replace(sample, image="x", key="2")], image, [1.0, 1.0])
+    with torch.no_grad():
+        weights = predictor.model.hypernet(batch)
+        return predictor.model.backbone.forward(weights, batch.input_ids, batch.attention_mask, batch.labels)
+
+
+@pytest.mark.parametrize("base,run", [("base", "embeddings"), ("base", "embeddings3"), ("own", "own_embeddings")])
+def test_training_a_new_tasks_embedding_leaves_every_other_task_bit_equal(runs, base, run):
+    for task in OLD:
+        assert torch.equal(_logits(runs[base], task), _logits(runs[run], task))
+    old, new = load_file(weights_file(runs[base])), load_file(weights_file(runs[run]))
+    model = load(runs[run]).model
+    started_from = json.loads((runs[run] / "transfer.json").read_text())[NEW]["from"]
+    for name, dim in model.per_task.items():
+        assert torch.equal(old[name], new[name].narrow(dim, 0, 3)), name
+        before = old[name].select(dim, OLD.index(started_from))
+        assert not torch.equal(before, new[name].select(dim, 3)) or not before.any(), name  # it did train
+    assert all(torch.equal(old[name], new[name]) for name in old if name not in model.per_task)
+
+
+def test_training_everything_changes_the_other_tasks_too(runs):
+    assert not torch.equal(_logits(runs["base"], OLD[0]), _logits(runs["all"], OLD[0]))
+
+
+@pytest.mark.parametrize("base,run", [("base", "embeddings"), ("own", "own_embeddings")])
+def test_a_task_ships_as_a_small_file_that_load_adds(runs, base, run):
+    file = runs[run] / "tasks" / f"{NEW}.safetensors"
+    weights = weights_file(runs[base])
+    assert file.stat().st_size < weights.stat().st_size / 2
+    assert torch.equal(_logits(runs[base], NEW, (file,)), _logits(runs[run], NEW))
+    assert torch.equal(_logits(runs[base], OLD[0], (file,)), _logits(runs[base], OLD[0]))
+    predictor = load(runs[base], tasks=[file])
+    answers = predictor.generate([NEW, OLD[0], NEW], SOURCES)
+    assert answers == load(runs[run]).generate([NEW, OLD[0], NEW], SOURCES)
+
+
+def test_a_task_file_is_refused_where_it_does_not_belong(runs, tmp_path):
+    file = runs["embeddings"] / "tasks" / f"{NEW}.safetensors"
+    with pytest.raises(ValueError, match=r"was trained beside weights with fingerprint .*, this run has"):
+        load(runs["own"], tasks=[file])
+    with pytest.raises(ValueError, match=f"task '{NEW}' is already there"):
+        load(runs["embeddings"], tasks=[file])
+    with pytest.raises(ValueError, match="is no task file"):
+        load(runs["base"], tasks=[weights_file(runs["base"])])
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(runs["base"], tasks=[tmp_path / "cut.safetensors"])
+
+
+def test_a_new_task_starts_from_the_task_that_answers_it_best_or_a_named_one(runs):
+    decided = json.loads((runs["embeddings"] / "transfer.json").read_text())[NEW]
+    assert set(decided["losses"]) == set(OLD)
+    assert decided["from"] == min(decided["losses"], key=decided["losses"].get)
+    assert json.loads((runs["all"] / "transfer.json").read_text())[NEW]["from"] == "easy_vqa"
+
+
+def test_only_the_shots_are_drawn_and_other_seeds_draw_others(config, manifest_path):
+    def drawn(seed: int) -> set[str]:
+        few = config.override([f"data.tasks={','.join(OLD)},{NEW}", f"data.train_tasks={NEW}", "data.shots=6"])
+        few = few.override([f"train.seed={seed}"])
+        tokenizer = AutoTokenizer.from_pretrained(config.model.backbone)
+        stream = TrainStream(Manifest.load(manifest_path), few, few.data.tasks, tokenizer, 0, 1)
+        steps = iter(stream)
+        return {(s.task, s.key) for _ in range(4) for batch in next(steps) for s in batch.samples}
+
+    assert len(drawn(0)) == len(drawn(1)) == 6 and drawn(0) != drawn(1)
+    assert drawn(0) == drawn(0) and {task for task, _ in drawn(0)} == {NEW}
+
+
+def test_what_does_not_fit_is_named(runs, config, tmp_path, backbone_folder):
+    with pytest.raises(ValueError, match=f"--new_task '{OLD[1]}': .* was already trained on it"):
+        transfer.from_run(runs["base"], [OLD[1]], None, "all")
+    with pytest.raises(ValueError, match=f"--like 'nothing' is not one of the tasks of .*: {', '.join(OLD)}"):
+        transfer.from_run(runs["base"], [NEW], "nothing", "all")
+    with pytest.raises(ValueError, match=r"--init_from .*: no run"):
+        transfer.from_run(tmp_path, [NEW], None, "all")
+    with pytest.raises(ValueError, match=r"transfer.train='embeddings' needs transfer.init_from and data.train_tasks"):
+        Config().override(["transfer.train=embeddings"])
+    started = transfer.from_run(runs["base"], [NEW], "movie_sentiment", "embeddings")
+    assert started.data.tasks == (*OLD, NEW) and started.trained_tasks == (NEW,)
+    other = started.override(["modules.bottleneck=5"])
+    model = load(runs["base"]).model
+    with pytest.raises(ValueError, match=r"does not fit this run: modules.bottleneck was 4, is 5"):
+        transfer._check(runs["base"], configuration.load(runs["base"] / "config.json"), other, model)
+    fewer = started.override([f"data.tasks={NEW}"])
+    with pytest.raises(ValueError, match=r"leave out \['movie_sentiment', 'easy_vqa', 'shape_caption'\]"):
+        transfer._check(runs["base"], configuration.load(runs["base"] / "config.json"), fewer, model)
+    changed = tmp_path / "changed"
+    shutil.copytree(runs["base"], changed)
+    identity = json.loads((changed / "identity.json").read_text())
+    (changed / "identity.json").write_text(json.dumps({**identity, "backbone": "0" * 64}))
+    with pytest.raises(ValueError, match=r"was trained on a backbone with fingerprint 000000000000, but .* the frozen"):
+        transfer._check(changed, configuration.load(runs["base"] / "config.json"), started, model)
