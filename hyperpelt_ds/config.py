@@ -389,8 +389,6 @@ def _check_modules(config: Config) -> None:
         values = getattr(modules, name)
         if needed_by in modules.kinds and not values:
             raise ValueError(f"modules.{name}: must name at least one for modules.kinds with {needed_by!r}")
-        if len(set(values)) != len(values):
-            raise ValueError(f"modules.{name}: one is named twice in {list(values)}")
     conditions = [name for name in hypernet.conditions if name != "image" or vision.encoder is not None]
     makers = [*conditions, *(["parameters"] if hypernet.parameters != "none" else [])]
     if not modules.kinds and not config.model.train_backbone:
@@ -400,8 +398,16 @@ def _check_modules(config: Config) -> None:
             "hypernet.conditions: nothing makes the weights of modules.kinds; name 'task', 'image' (with "
             "vision.encoder) or 'description', or set hypernet.parameters to 'task' or 'shared'"
         )
-    if len(set(hypernet.conditions)) != len(hypernet.conditions):
-        raise ValueError(f"hypernet.conditions: one is named twice in {list(hypernet.conditions)}")
+    for section, name in (
+        ("modules", "kinds"),
+        ("modules", "prefix_blocks"),
+        ("modules", "adapter_blocks"),
+        ("modules", "lora_targets"),
+        ("hypernet", "conditions"),
+    ):
+        values = getattr(getattr(config, section), name)
+        if len(set(values)) != len(values):
+            raise ValueError(f"{section}.{name}: one is named twice in {list(values)}")
     if "description" in hypernet.conditions and hypernet.sentence_encoder is None:
         raise ValueError("hypernet.sentence_encoder: 'description' in hypernet.conditions needs one")
     if hypernet.prefix_mlp and (hypernet.parameters != "shared" or "prefix" not in modules.kinds):
@@ -413,7 +419,7 @@ def _check_modules(config: Config) -> None:
             f"model.dtype: model.train_backbone needs float32 master weights, got {config.model.dtype}; "
             f"let the DeepSpeed JSON choose the precision of the step"
         )
-    shared = "image" in conditions and hypernet.visual_embeddings == "shared"
+    shared = "image" in conditions and hypernet.visual_embeddings == "shared" and hypernet.rows == "expanded"
     if shared and modules.prefix_length != vision.cells:
         raise ValueError(
             f"hypernet.visual_embeddings='shared' needs modules.prefix_length equal to vision.cells, "

@@ -189,12 +189,15 @@ def train_on_two_ranks(run_python: Callable[..., subprocess.CompletedProcess[str
     """Runs launch/train.py under the DeepSpeed launcher: `train_on_two_ranks(config, zero_stage, run_dir, *flags)`."""
 
     def train(config: Config, stage: int, run_dir: Path, *flags: str) -> None:
+        port = free_port()
         done = run_python(
-            *("deepspeed", "--master_port", free_port(), "--num_accelerators", 2, "launch/train.py"),
+            *("deepspeed", "--master_port", port, "--num_accelerators", 2, "launch/train.py"),
             *("--recipe", "demo", "--ds_config", f"ds_configs/zero{stage}_cpu.json", "--run_dir", run_dir),
             *(*flags, *overrides(config)),
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        left = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+        assert not left, f"DeepSpeed's buffers fill the memory run by run: {left}"
 
     return train
 

@@ -57,6 +57,73 @@ def test_shared_visual_embeddings_need_as_many_prefix_rows_as_cells():
         Config().override(["vision.encoder=resnet18", "hypernet.visual_embeddings=shared", "modules.prefix_length=8"])
 
 
+@pytest.mark.parametrize(
+    "assignments, message",
+    [
+        (
+            "modules.kinds=prefix modules.prefix_blocks=[]",
+            "modules.prefix_blocks: must name at least one for .*'prefix'",
+        ),
+        ("modules.kinds=adapter modules.adapter_blocks=[]", "modules.adapter_blocks: must name at least one"),
+        ("modules.kinds=lora modules.lora_targets=[]", "modules.lora_targets: must name at least one for .*'lora'"),
+        ("modules.prefix_blocks=encoder_ffn", "modules.prefix_blocks: got 'encoder_ffn', allowed are 'encoder_self', "),
+        ("modules.adapter_blocks=encoder_ffn,encoder_ffn", "modules.adapter_blocks: one is named twice"),
+        ("modules.lora_targets=query,query", "modules.lora_targets: one is named twice in .'query', 'query'."),
+        ("modules.lora_targets=wi", "modules.lora_targets: got 'wi', allowed are 'query', .*'gate', 'up', 'down'"),
+        ("modules.prefix_weighting=sigmoid", "modules.prefix_weighting: .* allowed are 'none', 'offset', 'gate'"),
+        ("modules.adapter_scale_value=0", "modules.adapter_scale_value: must be greater than 0"),
+        ("modules.lora_rank=0", "modules.lora_rank: must be greater than 0"),
+        ("hypernet.projector_depth=0", "hypernet.projector_depth: must be greater than 0"),
+        ("hypernet.prefix_mlp=-1", "hypernet.prefix_mlp: must not be negative"),
+        ("hypernet.copies=3", "hypernet.copies: got 3, allowed are 1, 2"),
+        ("hypernet.conditions=[]", "hypernet.conditions: nothing makes the weights of modules.kinds; name 'task', "),
+        ("hypernet.conditions=image", "nothing makes the weights of modules.kinds"),  # without an image encoder
+        ("hypernet.conditions=task,task", "hypernet.conditions: one is named twice"),
+        (
+            "hypernet.conditions=task,sound",
+            "hypernet.conditions: got 'sound', allowed are 'task', 'image', 'description'",
+        ),
+        ("hypernet.conditions=task,description", "hypernet.sentence_encoder: 'description' in .* needs one"),
+        (
+            "hypernet.prefix_mlp=8",
+            "hypernet.prefix_mlp: needs hypernet.parameters='shared' and 'prefix' in modules.kinds",
+        ),
+        ("hypernet.parameters=task hypernet.prefix_mlp=8", "hypernet.prefix_mlp: needs hypernet.parameters='shared'"),
+        (
+            "hypernet.parameters=shared hypernet.prefix_mlp=8 modules.kinds=adapter",
+            "hypernet.prefix_mlp: needs .* 'prefix' in modules.kinds",
+        ),
+        ("vision.tokens=true", "vision.tokens: there are no image features without vision.encoder"),
+        (
+            "model.train_backbone=true modules.kinds=[] model.dtype=bfloat16",
+            "model.dtype: model.train_backbone needs float32 master weights, got bfloat16; let the DeepSpeed JSON",
+        ),
+    ],
+)
+def test_modules_and_what_makes_them_must_fit_together(assignments, message):
+    with pytest.raises(ValueError, match=message):
+        Config().override(assignments.split())
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        "modules.kinds=lora modules.prefix_blocks=[] modules.adapter_blocks=[]",
+        "hypernet.conditions=image vision.encoder=resnet18",
+        "hypernet.conditions=[] hypernet.parameters=task",
+        "hypernet.conditions=description hypernet.sentence_encoder=a/b",
+        "hypernet.conditions=[] hypernet.parameters=shared hypernet.prefix_mlp=8",
+        "model.train_backbone=true modules.kinds=[] hypernet.conditions=[]",
+        "model.train_backbone=true modules.kinds=[] vision.encoder=resnet18 vision.tokens=true",
+        "vision.encoder=resnet18 hypernet.visual_embeddings=shared",  # 49 prefix rows and 49 cells
+        "hypernet.conditions=task vision.encoder=resnet18 hypernet.visual_embeddings=shared modules.prefix_length=8",
+    ],
+)
+def test_nothing_that_fits_together_is_refused(assignments):
+    changed = Config().override(assignments.split())
+    assert config.from_dict(config.to_dict(changed)) == changed != Config()
+
+
 def test_a_file_with_an_unknown_field_is_refused():
     with pytest.raises(ValueError, match="unknown key of model: 'backbon'; did you mean backbone"):
         config.from_dict({"model": {"backbon": "x"}})

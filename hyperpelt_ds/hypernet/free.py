@@ -117,8 +117,15 @@ class FreeAdapter(nn.Module):
         def of(parameter: nn.Parameter | None) -> Any:
             return None if parameter is None else parameter.index_select(1, index)
 
-        weights = [of(parameter) for parameter in (self.down, self.down_bias, self.up, self.up_bias)]
-        return Adapter(*weights, self.scale(), of(self.gain), of(self.shift))
+        return Adapter(
+            of(self.down),
+            of(self.down_bias),
+            of(self.up),
+            of(self.up_bias),
+            self.scale(),
+            of(self.gain),
+            of(self.shift),
+        )
 
 
 class FreeLowRank(nn.Module):

@@ -95,21 +95,20 @@ class Generator(nn.Linear):
 class AdapterScale(nn.Module):
     """lambda: the factor on an adapter's output; for each site or one for all, learned or fixed."""
 
-    fixed: Tensor
+    values: Tensor
 
     def __init__(self, sites: int, modules: ModulesConfig):
         super().__init__()
-        self.sites, self.start = sites, modules.adapter_scale_value
-        self.values = None
+        self.sites = sites
+        values = torch.full((sites if modules.adapter_scale_sharing == "position" else 1,), modules.adapter_scale_value)
         if modules.adapter_scale == "learned":
-            count = sites if modules.adapter_scale_sharing == "position" else 1
-            self.values = nn.Parameter(torch.full((count,), self.start))
-        self.register_buffer("fixed", torch.full((sites,), self.start), persistent=False)
+            self.values = nn.Parameter(values)
+        else:
+            self.register_buffer("values", values, persistent=False)
 
     def forward(self) -> Tensor:
         """(S,)"""
-        # cloned, because ZeRO-3 takes the parameter itself away when this forward ends
-        return self.fixed if self.values is None else self.values.clone().expand(self.sites)
+        return self.values.clone().expand(self.sites)  # ZeRO-3 takes the parameter itself away when this forward ends
 
 
 class PrefixWeighting(nn.Module):

@@ -1,4 +1,4 @@
-"""Parallel adapters of a mixed batch."""
+"""Bottleneck adapters of a mixed batch."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ def adapter(x: Tensor, residual: Tensor, adapters: Sequence[SiteAdapter], activa
         # One weight set a sample, never one a token; a sample without a condition reads row 0 and is scaled by 0.
         rows = part.rows.clamp(min=0)
         factor = (part.scale * (part.rows >= 0)).to(x.dtype).view(-1, 1, 1)
-        hidden = act(
-            torch.baddbmm(part.down_bias.index_select(0, rows).unsqueeze(1), x, part.down.index_select(0, rows))
-        )
-        added = torch.baddbmm(part.up_bias.index_select(0, rows).unsqueeze(1), hidden, part.up.index_select(0, rows))
+        hidden = act(torch.baddbmm(_vector(part.down_bias, rows), x, part.down.index_select(0, rows)))
+        added = torch.baddbmm(_vector(part.up_bias, rows), hidden, part.up.index_select(0, rows))
         if part.gain is not None and part.shift is not None:
-            normal = F.layer_norm(added, added.shape[-1:], eps=NORM_EPSILON)
-            added = normal * part.gain.index_select(0, rows).unsqueeze(1) + part.shift.index_select(0, rows).unsqueeze(
-                1
-            )
+            added = F.layer_norm(added, added.shape[-1:], eps=NORM_EPSILON)
+            added = added * _vector(part.gain, rows) + _vector(part.shift, rows)
         residual = residual + factor * added
     return residual
+
+
+def _vector(each: Tensor, rows: Tensor) -> Tensor:
+    """(C, N) -> (B, 1, N): the same vector for all tokens of a sample."""
+    return each.index_select(0, rows).unsqueeze(1)

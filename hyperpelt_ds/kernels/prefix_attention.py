@@ -32,7 +32,7 @@ def prefix_attention(
     """softmax(scale * q [P_k; K]^T + [offset; bias]) [P_v; V], every sample with the prefix rows of its condition.
 
     query (B, H, T, d), key and value (B, H', T', d), H' x d = K, where H is a multiple of H' (grouped queries).
-    mask (B or 1, 1 or H, T, T') bool, True where a query may look, never None when it must not look everywhere: with
+    mask (B or 1, 1, T, T') bool, True where a query may look, never None when it must not look everywhere: with
     prefix rows present, causality cannot be left to a flag. bias (B or 1, H, T, T') is added to the scores of real
     keys; prefix columns get none but their offset and are never masked, except for samples whose row is -1 (paper
     section 4).
@@ -55,7 +55,7 @@ def prefix_attention(
         offsets.append((query.new_zeros(()) if prefix.offset is None else prefix.offset).expand(columns))
     if mask is None:
         mask = query.new_ones((1, 1, 1, key.shape[2]), dtype=torch.bool)
-    mask = torch.cat([*visible, mask.expand(batch, mask.shape[1], length, -1)], dim=-1)
+    mask = torch.cat([*visible, mask.expand(batch, 1, length, -1)], dim=-1)
     if bias is None and any(prefix.offset is not None for prefix in prefixes):
         bias = query.new_zeros((1, 1, 1, key.shape[2]))
     if bias is not None:

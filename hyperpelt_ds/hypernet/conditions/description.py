@@ -31,13 +31,17 @@ class DescriptionCondition(nn.Module):
 
     def describe(self, vectors: Tensor) -> None:
         """Replaces the vectors of all tasks, (tasks, F'), each scaled to entries of mean square 1."""
-        self.vectors = F.normalize(vectors.to(self.vectors), dim=1) * vectors.shape[1] ** 0.5
+        self.vectors = _scaled(vectors.to(self.vectors))
 
     def extend(self, vectors: Tensor) -> None:
-        """Appends the vectors of further tasks, (tasks, F')."""
-        self.describe(torch.cat([self.vectors, vectors.to(self.vectors)]))
+        """Appends the vectors of further tasks, (tasks, F'); those that are there keep every bit."""
+        self.vectors = torch.cat([self.vectors, _scaled(vectors.to(self.vectors))])
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows (C, P, d) of the batch's distinct tasks, and each sample's place among them (B,)."""
         said: Tensor = self.project(self.vectors[batch.tasks].to(self.project.weight.dtype))
         return said.unsqueeze(1) + self.places(self.every_place), batch.task_rows
+
+
+def _scaled(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors, dim=1) * vectors.shape[1] ** 0.5
