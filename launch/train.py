@@ -33,7 +33,7 @@ def train(
         overrides: any number of section.key=value that replace values of the recipe
         ds_config: DeepSpeed JSON, one of ds_configs/ or your own
         run_dir: folder of the run; must be new or empty without --resume
-        recipe: name of a recipe in hyperpelt_ds/recipes.py; this or --init_from
+        recipe: name of a recipe in hyperpelt_ds/recipes/; this or --init_from
         init_from: folder of a finished run to start from, with its configuration
         new_task: tasks (separated by commas) that are added to those of --init_from, and trained on
         like: the task of --init_from that new tasks start from; if left out, the one that answers them best

@@ -156,3 +156,10 @@ def test_a_step_whose_gradient_is_not_finite_changes_no_weight_at_any_stage(tmp_
     script.write_text(NOT_FINITE)
     done = run_python("python", script, write(tmp_path, settings))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_full_fine_tuning_is_refused_at_stage_3_where_ranks_would_wait_for_each_other():
+    whole = Config().override(["model.train_backbone=true", "modules.kinds=", "train.global_batch=16"])
+    with pytest.raises(ValueError, match=r"ZeRO stage 3 cannot train the backbone .* use stage 0, 1 or 2"):
+        engine.merge("ds_configs/zero3_cpu.json", whole, 1)
+    assert engine.merge("ds_configs/zero2_cpu.json", whole, 1)["zero_optimization"]["stage"] == 2

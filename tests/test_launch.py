@@ -15,7 +15,7 @@ from hyperpelt_ds import recipes
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.train import evaluate
 
-COMMANDS = ("train", "evaluate", "generate", "bench_step")
+COMMANDS = ("train", "evaluate", "predict", "generate", "transfer", "export", "estimate", "bench_step")
 
 
 def script(name: str) -> ModuleType:

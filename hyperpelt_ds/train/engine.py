@@ -92,8 +92,8 @@ def _shared_buffer() -> Path:
 def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON at `path` with every "auto" filled from the recipe.
 
-    Raises ValueError for a missing or broken file, an unknown section, a section that the recipe owns, and the same
-    fact given in both places with different values.
+    Raises ValueError for a missing or broken file, an unknown section, a section that the recipe owns, the same fact
+    given in both places with different values, and full fine-tuning at ZeRO stage 3.
     """
     tree = _read(Path(path))
     train = config.train
@@ -122,6 +122,11 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
                 f'{key}: {path} says {given!r}, the recipe says {value!r} ({owner}); write "auto" in the JSON'
             )
         tree[key] = value
+    if config.model.train_backbone and tree.get("zero_optimization", {}).get("stage") == 3:
+        raise ValueError(
+            f"{path}: ZeRO stage 3 cannot train the backbone (model.train_backbone): it gathers weights whenever a rank "
+            f"needs them, and ranks decode answers of different lengths in validation; use stage 0, 1 or 2"
+        )
     for name in _autos(tree):
         raise ValueError(f'{path}: {name} is "auto", but the recipe has no value for it; give one')
     return {**_DEFAULTS, **tree}

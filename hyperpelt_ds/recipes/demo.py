@@ -1,12 +1,6 @@
-"""Named runs: one function each, that returns a Config and says in its docstring how to run it and what to expect.
-
-A recipe knows numbers and paths only. Precision, ZeRO, buckets and offload are the DeepSpeed JSON's.
-"""
+"""The run that needs no hub, no GPU and no patience."""
 
 from __future__ import annotations
-
-import difflib
-from collections.abc import Callable
 
 from hyperpelt_ds.config import (
     Config,
@@ -26,8 +20,8 @@ def demo() -> Config:
     deepspeed --num_accelerators 2 launch/train.py --recipe demo --ds_config ds_configs/zero2_cpu.json
         --run_dir runs/demo
 
-    Seven minutes on two CPU cores. Expected on the test splits: easy-VQA 0.95, caption 0.98, topic 0.80,
-    sentiment 0.71, rating 0.39, description F1 0.36.
+    Seven minutes on two CPU cores; 2,411,280 trainable of 19,803,152 parameters. Expected on the test splits: easy-VQA
+    0.95, caption 0.98, topic 0.80, sentiment 0.71, rating 0.39, description F1 0.36.
     """
     return Config(
         recipe="demo",
@@ -57,14 +51,3 @@ def demo() -> Config:
         ),
         eval=EvalConfig(batch_size=64, samples_per_task=100),
     )
-
-
-RECIPES: dict[str, Callable[[], Config]] = {"demo": demo}
-
-
-def get(name: str) -> Config:
-    """The recipe of that name; raises ValueError with the nearest names."""
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 3, 0.4) or sorted(RECIPES)
-        raise ValueError(f"unknown recipe {name!r}; did you mean {', '.join(near)}?")
-    return RECIPES[name]()
