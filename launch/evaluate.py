@@ -11,6 +11,7 @@ def evaluate(
     tasks: str | None = None,
     split: str = "test",
     out: str | None = None,
+    shuffle: str = "task,image",
     local_rank: int = 0,
 ) -> None:
     """Print a run's table of scores and write it to RUN_DIR/results.json.
@@ -18,6 +19,7 @@ def evaluate(
     Examples:
         python launch/evaluate.py --run_dir runs/demo
         python launch/evaluate.py --run_dir runs/demo --tasks easy_vqa,movie_sentiment --split validation
+        python launch/evaluate.py --run_dir runs/demo --shuffle none
         deepspeed --num_accelerators 2 launch/evaluate.py --run_dir runs/demo
 
     Args:
@@ -25,11 +27,13 @@ def evaluate(
         tasks: names separated by commas; all of the run if left out
         split: which split to score
         out: where to write the results; RUN_DIR/results.json if left out
+        shuffle: controls separated by commas (task, image), each scored beside the true score; or none
         local_rank: set by the DeepSpeed launcher
     """
     from hyperpelt_ds.train import evaluate
 
-    evaluate.evaluate(run_dir, tasks.split(",") if tasks else None, split, out)
+    controls = [] if shuffle == "none" else shuffle.split(",")
+    evaluate.evaluate(run_dir, tasks.split(",") if tasks else None, split, out, controls)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.data.shards import Manifest
 from hyperpelt_ds.tasks import TASKS
+from hyperpelt_ds.tasks.demo import DEMO
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "data_prep"))  # as when a script of that folder is run
@@ -391,8 +392,8 @@ def test_the_whole_demo_from_the_real_packages(tmp_path):
 
     manifest = Manifest.load(tmp_path / "demo" / "manifest.json")
     manifest.verify()
-    assert list(manifest.tasks) == list(TASKS) and manifest.features.cells == 16
-    data = {task: {split: _samples(manifest, task, split) for split in sources.SPLITS} for task in TASKS}
+    assert list(manifest.tasks) == [task.name for task in DEMO] and manifest.features.cells == 16
+    data = {task: {split: _samples(manifest, task, split) for split in sources.SPLITS} for task in manifest.tasks}
     for first, second in (("movie_sentiment", "movie_rating"), ("wikipedia_topic", "wikipedia_description")):
         shared = 0
         for split in sources.SPLITS:

@@ -24,7 +24,14 @@ from hyperpelt_ds.data.shards import FeatureSet, Manifest, Shard
 IMAGES = [(f"img{i}", np.random.default_rng(i).normal(size=(3, 2)).astype(np.float16)) for i in range(5)]
 SAMPLES = [
     Sample(
-        f"key{i}", "vqa", f"what número {i}?", "red" * (i % 3), f"item{i}", f"img{i % 5}" if i % 2 else None, "color"
+        key=f"key{i}",
+        task="vqa",
+        source=f"what número {i}?",
+        target="red" * (i % 3),
+        item=f"item{i}",
+        image=f"img{i % 5}" if i % 2 else None,
+        group="color",
+        references=("red", "red", f"né {i}") if i % 4 else (),
     )
     for i in range(10)
 ]
@@ -53,7 +60,8 @@ def foreign(folder: Path, fields: Any, suffix: str = "json") -> Reader:
 def test_random_access_gives_what_webdataset_reads_in_sequence(manifest):
     paths = [str(manifest.folder / shard.path) for shard in manifest.tasks["vqa"]["train"]]
     expected = [
-        Sample(key=r["__key__"], **r["json"]) for r in webdataset.WebDataset(paths, shardshuffle=False).decode()
+        Sample(key=r["__key__"], **{**r["json"], "references": tuple(r["json"].get("references", ()))})
+        for r in webdataset.WebDataset(paths, shardshuffle=False).decode()
     ]
     reader = Reader(manifest)
     for i in (9, 0, 4, 3, 8, 7, 1, 2, 5, 6):
@@ -104,8 +112,10 @@ def test_a_changed_byte_anywhere_in_a_sample_is_found_and_named(tmp_path_factory
         ),
         ({"task": "vqa", "source": "x", "target": 3}, "field 'target' is of type int"),
         ({"task": "vqa", "source": "x", "target": "y", "image": 3}, "field 'image' is of type int"),
+        ({"task": "vqa", "source": "x", "target": "y", "references": "y"}, "field 'references' is of type str"),
+        ({"task": "vqa", "source": "x", "target": "y", "references": ["y", 3]}, "field 'references' holds 3, expected"),
         ({"task": "mood", "source": "x", "target": "y"}, "is of task 'mood', but the manifest lists it under 'vqa'"),
-        (["vqa", "x", "y"], "expected an object with fields task, source, target, item, image, group"),
+        (["vqa", "x", "y"], "expected an object with fields task, source, target, item, image, group, references"),
     ],
 )
 def test_a_sample_with_other_fields_is_refused_by_name(tmp_path, fields, reason):

@@ -60,6 +60,15 @@ def test_webdataset_reads_from_the_shards_exactly_what_was_written(folder):
         np.testing.assert_array_equal(record["npy"], array)
 
 
+def test_references_are_stored_where_there_are_any_and_change_no_other_bytes(tmp_path):
+    plain, several = Sample("a", "vqa", "x", "y"), Sample("b", "vqa", "x", "y", references=("y", "y", "né"))
+    [shard] = shards.write_task(tmp_path, "vqa", "train", [plain, several])
+    records = list(webdataset.WebDataset(str(tmp_path / shard.path), shardshuffle=False).decode())
+    assert records[0]["json"] == {"task": "vqa", "source": "x", "target": "y", "item": "", "image": None, "group": None}
+    assert records[1]["json"] == {**records[0]["json"], "references": ["y", "y", "né"]}
+    assert shards.read_index(tmp_path / shard.path).lengths == [2, 2]
+
+
 def test_index_says_where_each_member_lies_and_how_long_its_text_is(folder):
     tar = folder / "topic/train-000000.tar"
     index, content = shards.read_index(tar), tar.read_bytes()

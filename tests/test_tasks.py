@@ -1,4 +1,4 @@
-"""Tasks, metrics and baselines: what each example becomes, and how answers are judged."""
+"""Task records and baselines: what each example becomes, and what can be answered without a model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from hyperpelt_ds import tasks
-from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.tasks import baselines, metrics
-from hyperpelt_ds.tasks.demo import COLOURS, LEAD_CHARACTERS, RATINGS, SHAPES, kind_of_answer
+from hyperpelt_ds.tasks.demo import COLOURS, DEMO, LEAD_CHARACTERS, RATINGS, SHAPES, TOPICS, kind_of_answer
+from hyperpelt_ds.tasks.glue import GLUE, LEADERBOARD, leaderboard_file
 from hyperpelt_ds.tasks.task import normalise
+from hyperpelt_ds.tasks.transfer import TRANSFER
 
 MOVIE = {"text": "A film of rare wit.", "rating": 2.6}
 ARTICLE = {"extract": "A hat is a head covering. " * 20, "topic": "Everyday life", "description": "Head covering"}
 QUESTION = {"question": "what shape is present?", "answer": "circle"}
 CAPTION = {"question": "what shape is present?", "colour": "red", "shape": "circle"}
-EXAMPLES = {
+DEMO_EXAMPLES = {
     "movie_sentiment": MOVIE,
     "movie_rating": MOVIE,
     "wikipedia_topic": ARTICLE,
@@ -26,39 +27,94 @@ EXAMPLES = {
     "shape_caption": CAPTION,
 }
 
-
-def _sample(target: str, task: str = "movie_sentiment") -> Sample:
-    return Sample("k", task, "", target)
+PAIR = {"sentence1": "A man sleeps.", "sentence2": "A man is awake.", "idx": 7}
+NLI = {"premise": "A man sleeps.", "hypothesis": "A man is awake."}
+# task -> example, source, target
+RENDERED = {
+    "movie_sentiment": (MOVIE, "A film of rare wit.", "positive"),
+    "movie_rating": (MOVIE, "A film of rare wit.", "great"),
+    "wikipedia_topic": (ARTICLE, None, "Everyday life"),
+    "wikipedia_description": (ARTICLE, None, "Head covering"),
+    "easy_vqa": (QUESTION, "what shape is present?", "circle"),
+    "shape_caption": (CAPTION, "what shape is present?", "a red circle"),
+    "glue_cola": ({"sentence": "He slept.", "label": 1}, "sentence: He slept.", "1"),
+    "glue_sst2": ({"sentence": "a fine film", "label": 0}, "sentence: a fine film", "0"),
+    "glue_mrpc": ({**PAIR, "label": 0}, "sentence1: A man sleeps. sentence2: A man is awake.", "0"),
+    "glue_qqp": (
+        {"question1": "Who?", "question2": "Which one?", "label": 1},
+        "question1: Who? question2: Which one?",
+        "1",
+    ),
+    "glue_stsb": (
+        {**PAIR, "label": 3.799999952316284},
+        "sentence1: A man sleeps. sentence2: A man is awake.",
+        "3.8",
+    ),
+    "glue_mnli": ({**NLI, "label": 2}, "premise: A man sleeps. hypothesis: A man is awake.", "2"),
+    "glue_qnli": (
+        {"question": "Who?", "sentence": "It was he.", "label": 0},
+        "question: Who? sentence: It was he.",
+        "0",
+    ),
+    "glue_rte": ({**PAIR, "label": 1}, "sentence1: A man sleeps. sentence2: A man is awake.", "1"),
+    "cb": ({**NLI, "label": 1}, "premise: A man sleeps. hypothesis: A man is awake.", "1"),
+    "boolq": (
+        {"question": "is it so", "passage": "It is so.", "label": 1},
+        "question: is it so passage: It is so.",
+        "1",
+    ),
+    "imdb": ({"text": "A fine film.", "label": 1}, "A fine film.", "1"),
+    "paws": ({**PAIR, "label": 0}, "sentence1: A man sleeps. sentence2: A man is awake.", "0"),
+    "trec": ({"text": "Who was it ?", "coarse_label": 3, "fine_label": 20}, "sentence: Who was it ?", "3"),
+    "scitail": ({**PAIR, "gold_label": "neutral"}, "sentence1: A man sleeps. sentence2: A man is awake.", "1"),
+    "yelp_polarity": ({"text": "Never again.", "label": 0}, "Never again.", "0"),
+    "vqa_v2": ({"question": "What is it?", "answer": "a dog", "answers": ["a dog"] * 10}, "What is it?", "a dog"),
+    "gqa": ({"question": "Is it red?", "answer": "no"}, "Is it red?", "no"),
+    "coco_caption": ({"caption": "A dog on a mat."}, "", "A dog on a mat."),
+    "okvqa": ({"question": "Who made it?", "answer": "ford"}, "Who made it?", "ford"),
+    "snli_ve": ({"hypothesis": "A dog runs.", "label": 0}, "hypothesis: A dog runs.", "0"),
+}
 
 
 def test_every_task_has_an_example_here_and_a_unique_name():
-    assert list(EXAMPLES) == list(tasks.TASKS)
-    assert all(tasks.get(name).name == name for name in EXAMPLES)
+    assert list(RENDERED) == list(tasks.TASKS)
+    assert all(tasks.get(name).name == name for name in RENDERED)
 
 
-@pytest.mark.parametrize(
-    ("name", "target"),
-    [
-        ("movie_sentiment", "positive"),
-        ("movie_rating", "great"),
-        ("wikipedia_topic", "Everyday life"),
-        ("wikipedia_description", "Head covering"),
-        ("easy_vqa", "circle"),
-        ("shape_caption", "a red circle"),
-    ],
-)
-def test_an_example_becomes_its_target(name, target):
-    assert tasks.get(name).render(EXAMPLES[name])[1] == target
+@pytest.mark.parametrize("name", RENDERED)
+def test_an_example_becomes_its_source_and_target(name):
+    example, source, target = RENDERED[name]
+    found = tasks.get(name).render(example)
+    assert found[1] == target
+    assert found[0] == source or source is None
 
 
-@pytest.mark.parametrize("pair", zip(list(EXAMPLES)[::2], list(EXAMPLES)[1::2], strict=True))
+@pytest.mark.parametrize("task", tasks.TASKS.values(), ids=lambda task: task.name)
+def test_a_record_says_all_that_is_asked_of_it(task):
+    assert task.metrics and set(task.metrics) <= set(metrics.METRICS)
+    for sentence in (task.description, *task.paraphrases):
+        assert sentence.endswith(".") and sentence[0].isupper() and sentence.count(". ") == 0
+    if task in DEMO:
+        assert len({task.description, *task.paraphrases}) == 3
+    classes = {"accuracy", "f1", "mcc"} & set(task.metrics)
+    assert task.labels or not classes
+    assert "f1" not in task.metrics or len(task.labels) == 2
+    assert not task.labels or task.parse(RENDERED[task.name][2]) in map(task.parse, task.labels)
+
+
+def test_no_two_tasks_are_described_alike():
+    sentences = [text for task in tasks.TASKS.values() for text in (task.description, *task.paraphrases)]
+    assert len(set(sentences)) == len(sentences)
+
+
+@pytest.mark.parametrize("pair", zip(list(DEMO_EXAMPLES)[::2], list(DEMO_EXAMPLES)[1::2], strict=True))
 def test_sister_tasks_ask_with_the_very_same_source(pair):
-    (first, _), (second, _) = (tasks.get(name).render(EXAMPLES[name]) for name in pair)
+    (first, _), (second, _) = (tasks.get(name).render(DEMO_EXAMPLES[name]) for name in pair)
     assert first == second
 
 
 def test_no_source_names_its_task():
-    for name, example in EXAMPLES.items():
+    for name, example in DEMO_EXAMPLES.items():
         source, target = tasks.get(name).render(example)
         for word in [*name.split("_"), "sentiment", "rate", "topic", "describe", "caption", "answer", target]:
             if word not in ("shape", "easy", "vqa"):  # "shape" is a word of easy-VQA's own questions
@@ -73,10 +129,53 @@ def test_no_source_names_its_task():
         ("wikipedia_description", {"description": ""}),
         ("shape_caption", {"colour": ""}),
         ("shape_caption", {"shape": ""}),
+        *[(task.name, {"label": -1}) for task in GLUE],
+        *[(task.name, {"label": -1}) for task in TRANSFER if task.name not in ("trec", "scitail")],
+        ("trec", {"coarse_label": -1}),
+        ("vqa_v2", {"answer": ""}),
+        ("gqa", {"answer": ""}),
+        ("coco_caption", {"caption": ""}),
+        ("okvqa", {"answer": ""}),
+        ("snli_ve", {"label": -1}),
     ],
 )
 def test_an_example_without_a_label_gives_nothing(name, change):
-    assert tasks.get(name).render({**EXAMPLES[name], **change}) is None
+    assert tasks.get(name).render({**RENDERED[name][0], **change}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("glue_rte", {"label": 2}, "label 2 is not one of 0 to 1, or -1 for none"),
+        ("glue_mnli", {"label": 3}, "label 3 is not one of 0 to 2"),
+        ("glue_stsb", {"label": 5.2}, r"label 5\.2 is not between 0 and 5"),
+        ("trec", {"coarse_label": 6}, "label 6 is not one of 0 to 5"),
+        ("scitail", {"gold_label": "contradiction"}, "gold_label 'contradiction' is not one of entailment, neutral"),
+    ],
+)
+def test_a_label_that_is_none_is_refused(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.get(name).render({**RENDERED[name][0], **change})
+
+
+def test_similarities_are_rounded_to_fifths():
+    task = tasks.get("glue_stsb")
+    found = [task.render({**PAIR, "label": label})[1] for label in (0.0, 0.25, 1.909, 2.75, 4.95, 5.0)]
+    assert found == ["0.0", "0.2", "2.0", "2.8", "5.0", "5.0"]
+    assert len(task.labels) == 26 and task.labels[13] == "2.6"
+
+
+def test_every_glue_task_has_its_file_and_words_on_the_leaderboard():
+    assert list(LEADERBOARD) == [task.name for task in GLUE]
+    for task in GLUE:
+        assert len(LEADERBOARD[task.name].words) in (len(task.labels), 0)
+    assert leaderboard_file("glue_sst2", "test") == "SST-2"
+    assert leaderboard_file("glue_mnli", "test_matched") == "MNLI-m"
+    assert leaderboard_file("glue_mnli", "test_mismatched") == "MNLI-mm"
+
+
+def test_topics_are_those_of_the_demo():
+    assert tasks.get("wikipedia_topic").labels == TOPICS == tuple(sorted(TOPICS)) and len(TOPICS) == 11
 
 
 def test_ratings_from_worst_to_best_are_nine_different_words():
@@ -105,46 +204,6 @@ def test_an_unknown_task_names_the_nearest():
         tasks.get("movie_sentimnt")
     with pytest.raises(ValueError, match="wikipedia_topic"):
         tasks.get("qqqq")
-
-
-def test_exact_match_overlooks_case_spaces_and_punctuation_only():
-    task = tasks.get("shape_caption")
-    found = metrics.score(task, ["A red  circle.", "a red", ""], [_sample("a red circle")] * 3)
-    assert found == [1.0, 0.0, 0.0]
-
-
-def test_token_f1_counts_common_words_with_their_number():
-    task = tasks.get("wikipedia_description")
-    targets = ["Family of birds", "birds birds", "Family of birds", ""]
-    found = metrics.score(task, ["family of fishes", "birds", "", ""], [_sample(target) for target in targets])
-    assert found == pytest.approx([2 / 3, 2 / 3, 0.0, 1.0])
-
-
-def test_answers_and_samples_must_be_equally_many():
-    with pytest.raises(ValueError, match="zip"):
-        metrics.score(tasks.get("easy_vqa"), ["yes"], [])
-
-
-def test_the_interval_is_that_of_a_proportion_and_repeats_itself():
-    scores = [1.0] * 300 + [0.0] * 100
-    items = [str(i) for i in range(400)]
-    low, high = metrics.interval(scores, items)
-    width = 1.96 * (0.75 * 0.25 / 400) ** 0.5  # the normal approximation
-    assert low == pytest.approx(0.75 - width, abs=0.006) and high == pytest.approx(0.75 + width, abs=0.006)
-    assert metrics.interval(scores, items) == (low, high)
-
-
-def test_questions_about_one_image_widen_the_interval():
-    scores = list(np.repeat([1.0, 0.0], 50)) * 4  # 8 items of 50 answers, all right or all wrong
-    items = [str(i // 50) for i in range(400)]
-    low, high = metrics.interval(scores, items)
-    alone_low, alone_high = metrics.interval(scores, [str(i) for i in range(400)])
-    assert high - low > 4 * (alone_high - alone_low)
-
-
-def test_an_interval_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no scores"):
-        metrics.interval([], [])
 
 
 def test_majority_answers_the_most_frequent_target_and_breaks_ties_by_name():

@@ -22,7 +22,7 @@ from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.shards import Index, Manifest, Shard, read_index
 
 _REQUIRED = {"task": str, "source": str, "target": str}
-_OPTIONAL = {"item": str, "image": str | None, "group": str | None}
+_OPTIONAL = {"item": str, "image": str | None, "group": str | None, "references": list}
 _FIELDS = _REQUIRED | _OPTIONAL
 
 
@@ -64,7 +64,8 @@ class Reader:
         except ValueError as error:
             raise DamagedSample(shard.path, key, f"not JSON: {error}") from None
         _check_fields(shard.path, key, task, fields)
-        return Sample(key=key, **fields)
+        references = tuple(fields.pop("references", ()))
+        return Sample(key=key, references=references, **fields)
 
     def key(self, task: str, split: str, index: int) -> str:
         """The key of a sample, from the index alone."""
@@ -166,5 +167,8 @@ def _check_fields(shard: str, key: str, task: str, fields: object) -> None:
             raise DamagedSample(shard, key, f"unknown field {name!r}; the fields are {', '.join(_FIELDS)}")
         if not isinstance(value, _FIELDS[name]):
             raise DamagedSample(shard, key, f"field {name!r} is of type {type(value).__name__}")
+    for text in fields.get("references", ()):
+        if not isinstance(text, str):
+            raise DamagedSample(shard, key, f"field 'references' holds {text!r}, expected texts only")
     if fields["task"] != task:
         raise DamagedSample(shard, key, f"is of task {fields['task']!r}, but the manifest lists it under {task!r}")

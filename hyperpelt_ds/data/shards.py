@@ -144,6 +144,8 @@ def write_task(folder: Path, task: str, split: str, samples: Iterable[Sample], p
         if sample.image is not None:
             _check_key(sample.image, f"image id of sample {sample.key!r} of task {task!r}")
         fields = {name: value for name, value in dataclasses.asdict(sample).items() if name != "key"}
+        if not sample.references:
+            del fields["references"]  # so that data without them has the bytes it had before there were any
         try:
             return sample.key, {"json": json.dumps(fields, ensure_ascii=False).encode()}
         except UnicodeEncodeError as error:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 
 from hyperpelt_ds.tasks.demo import DEMO
+from hyperpelt_ds.tasks.glue import GLUE
 from hyperpelt_ds.tasks.task import Task
+from hyperpelt_ds.tasks.transfer import TRANSFER
+from hyperpelt_ds.tasks.vl import VL
 
 __all__ = ["TASKS", "Task", "get", "needs_image"]
 
-TASKS: dict[str, Task] = {task.name: task for task in DEMO}
+TASKS: dict[str, Task] = {task.name: task for task in (*DEMO, *GLUE, *TRANSFER, *VL)}
 
 
 def get(name: str) -> Task:

@@ -10,6 +10,19 @@ from hyperpelt_ds.tasks.task import Example, Task
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 RATINGS = ("terrible", "bad", "poor", "weak", "mixed", "fair", "good", "great", "excellent")
+TOPICS = (
+    "Arts",
+    "Biology and health sciences",
+    "Everyday life",
+    "Geography",
+    "History",
+    "Mathematics",
+    "People",
+    "Philosophy and religion",
+    "Physical sciences",
+    "Society and social sciences",
+    "Technology",
+)
 LEAD_CHARACTERS = 200  # about 44 tokens of the demo's vocabulary, 62 at the 99th percentile
 
 _MOVIES = "movie-review sentences with the mean of 20 ratings, Hutto & Gilbert 2014 (package vaderSentiment, MIT)"
@@ -62,10 +75,78 @@ def kind_of_answer(answer: str) -> str:
 
 
 DEMO = (
-    Task("movie_sentiment", "text", "exact_match", f"positive or negative; {_MOVIES}", _sentiment),
-    Task("movie_rating", "text", "exact_match", f"nine grades as words; {_MOVIES}", _rating),
-    Task("wikipedia_topic", "text", "exact_match", f"one of eleven topics; {_WIKIPEDIA}", _topic),
-    Task("wikipedia_description", "text", "token_f1", f"one line about it; {_WIKIPEDIA}", _description),
-    Task("easy_vqa", "vision", "exact_match", f"answers a question; {_EASY_VQA}", _answer),
-    Task("shape_caption", "vision", "exact_match", f"names colour and shape; {_EASY_VQA}", _caption),
+    Task(
+        "movie_sentiment",
+        "text",
+        ("exact_match",),
+        f"positive or negative; {_MOVIES}",
+        "Decide whether the opinion is positive or negative.",
+        _sentiment,
+        labels=("negative", "positive"),
+        paraphrases=(
+            "Say if the writer liked the film: positive if so, negative if not.",
+            "Tell a favourable view of a film from an unfavourable one, as positive or negative.",
+        ),
+    ),
+    Task(
+        "movie_rating",
+        "text",
+        ("exact_match",),
+        f"nine grades as words; {_MOVIES}",
+        "Grade the opinion with one of nine words, from terrible to excellent.",
+        _rating,
+        paraphrases=(
+            "Say in one word how good the writer finds the film, on a scale that ends at terrible and excellent.",
+            "Choose the word, terrible at worst and excellent at best, that fits how the film was received.",
+        ),
+    ),
+    Task(
+        "wikipedia_topic",
+        "text",
+        ("exact_match",),
+        f"one of eleven topics; {_WIKIPEDIA}",
+        "Name the field of knowledge that the article belongs to.",
+        _topic,
+        labels=TOPICS,
+        paraphrases=(
+            "Sort the encyclopedia article under one of eleven broad topics.",
+            "Say which broad subject this text is about, such as history or technology.",
+        ),
+    ),
+    Task(
+        "wikipedia_description",
+        "text",
+        ("token_f1",),
+        f"one line about it; {_WIKIPEDIA}",
+        "Describe what the article is about in a few words.",
+        _description,
+        paraphrases=(
+            "Write a short line that says what kind of thing the article treats.",
+            "Sum up the subject of the text as a brief phrase.",
+        ),
+    ),
+    Task(
+        "easy_vqa",
+        "vision",
+        ("exact_match",),
+        f"answers a question; {_EASY_VQA}",
+        "Answer the question about the picture in one word.",
+        _answer,
+        paraphrases=(
+            "Look at the picture and reply to what is asked with a single word.",
+            "Give the one-word reply that the image supports.",
+        ),
+    ),
+    Task(
+        "shape_caption",
+        "vision",
+        ("exact_match",),
+        f"names colour and shape; {_EASY_VQA}",
+        "Say which shape the picture shows and in which colour.",
+        _caption,
+        paraphrases=(
+            "Describe the picture by its one object and its colour.",
+            "Name the coloured figure that is drawn in the image.",
+        ),
+    ),
 )

@@ -1,16 +1,14 @@
 """Scores by generation: the validation of a running training, and the table of a finished run.
 
-Every rank answers a share of the samples and all answers are gathered. This file must not know how a task judges an
-answer (that is the task's) nor how the model was trained.
+This file must not know how a task judges an answer (that is the task's) nor how the model was trained.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,89 +16,109 @@ import numpy as np
 
 from hyperpelt_ds import dist, tasks
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.contracts import Batch, Sample
-from hyperpelt_ds.data.collate import Collator, collator_for
+from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.data.loader import evaluation_batches, read_texts
 from hyperpelt_ds.data.reader import Reader
-from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.data.shards import MANIFEST, Manifest
 from hyperpelt_ds.model import HyperPELT, identity_of, load
-from hyperpelt_ds.tasks import baselines, metrics
+from hyperpelt_ds.tasks import Task, baselines, glue, metrics
 from hyperpelt_ds.train import engine
+from hyperpelt_ds.train.answering import answers, asker, generate, known_tasks, split_samples
+from hyperpelt_ds.train.controls import CONTROLS
 
 log = dist.logger(__name__)
 
-SHUFFLED_SAMPLES = 500
-"""At most so many samples of a task are answered under another task or image: a contrast needs no narrow interval."""
+CONTROL_SAMPLES = 500
+"""At most so many samples of a task are answered under a control: a contrast needs no narrow interval."""
+WORDS_SAMPLES = 30_000
+"""At most so many training samples teach the bag of words."""
 
 
 def validate(
     model: HyperPELT, manifest: Manifest, config: Config, split: str, limit: int
 ) -> dict[str, dict[str, float]]:
-    """The mean of each task's metric over at most `limit` samples of `split` (0: all): task -> metric -> mean.
+    """The metrics of every trained task on at most `limit` samples of `split` (0: all): task -> metric -> score.
 
     Every rank calls it and gets the same result. The model must be in eval mode. A task without samples in the split is
-    left out.
+    left out with a warning; ValueError if that leaves none.
     """
+    names = [name for name in config.trained_tasks if manifest.count(name, split)]
+    left_out = [name for name in config.trained_tasks if name not in names]
+    if not names:
+        raise ValueError(f"no task of the run has samples of split {split!r} in {manifest.folder / MANIFEST}")
+    if left_out:
+        warnings.warn(f"not scored, without samples of split {split!r}: {', '.join(left_out)}", stacklevel=2)
     collator = collator_for(config, config.data.tasks, model.backbone.tokenizer)
-    names = [name for name in config.data.tasks if manifest.count(name, split)]
     ranks = dist.rank(), dist.world_size()
-    batches = evaluation_batches(manifest, split, names, collator, config.eval.batch_size, *ranks, limit)
-    answers = _answer(model, batches, config)
-    means: dict[str, dict[str, float]] = {}
+    found: list[tuple[Sample, str]] = []
+    for batch in evaluation_batches(manifest, split, names, collator, config.eval.batch_size, *ranks, limit):
+        answered = zip(batch.samples, generate(model, batch, config), batch.loss_weights.tolist(), strict=True)
+        found += [(sample, text) for sample, text, weight in answered if weight]
+    gathered = [answer for part in dist.gather(found) for answer in part]
+    scores: dict[str, dict[str, float]] = {}
     for name in names:
-        task, own = tasks.get(name), [answer for answer in answers if answer[0].task == name]
-        if own:
-            scores = metrics.score(task, [text for _, text in own], [sample for sample, _ in own])
-            means[name] = {task.metric: float(np.mean(scores))}
-    return means
+        samples, texts = zip(*(answer for answer in gathered if answer[0].task == name), strict=True)
+        scores[name] = metrics.score(tasks.get(name), texts, samples)
+    return scores
 
 
 def mean_score(scores: Mapping[str, Mapping[str, float]]) -> float:
     """The mean over tasks of each task's mean over its metrics: what picks the best checkpoint."""
-    return float(np.mean([np.mean(list(table.values())) for table in scores.values()]))
+    return float(np.mean([_mean(table) for table in scores.values()]))
 
 
 def evaluate(
-    run_dir: str | Path, names: Sequence[str] | None = None, split: str = "test", out: str | Path | None = None
+    run_dir: str | Path,
+    names: Sequence[str] | None = None,
+    split: str = "test",
+    out: str | Path | None = None,
+    shuffle: Sequence[str] = tuple(CONTROLS),
 ) -> dict[str, Any]:
     """Scores a run on all of `split`, prints the table and writes it to `out` (run_dir/results.json); returns it.
 
-    Each task is answered three times: as it is, with every sample given another task of the run (how much the task
-    embedding carries), and with every sample given another image of the task (how much the image carries). Works in one
-    process and under a launcher, where only rank 0 has the scores. Raises ValueError for a folder that is no run, and
-    for a task or split that it does not have.
+    Each task is answered as it is, and once more under each control that `shuffle` names. Works in one process and
+    under a launcher, where only rank 0 has the scores; they are the same for any number of processes. Raises ValueError
+    for a folder that is no run, and for a task, split or control that it does not have or that is empty.
     """
     start = time.monotonic()
+    for control in shuffle:
+        if control not in CONTROLS:
+            raise ValueError(f"--shuffle: unknown control {control!r}; there are {', '.join(CONTROLS)}, or none")
     if out is not None and not Path(out).resolve().parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {Path(out).parent}")
     if dist.world_size() > 1:
         engine.start_distributed()
     run = load(run_dir, dist.device())
-    config, model = run.config, run.model
-    names = _known(names, config.data.tasks, run_dir)
+    config = run.config
+    names = known_tasks(names, config.data.tasks, run_dir)
     manifest = Manifest.load(config.data.manifest)
     if manifest.digest != identity_of(Path(run_dir))["manifest"]:
         raise ValueError(
             f"{run_dir} was trained on other data than {config.data.manifest} now holds: splits may differ"
         )
-    collator = collator_for(config, config.data.tasks, model.backbone.tokenizer)
-    reader = Reader(manifest)
+    ask, size = asker(run, Reader(manifest)), config.eval.batch_size
     rows: dict[str, Any] = {}
     for name in names:
-        samples = read_texts(manifest, name, split)
-        if not samples:
-            raise ValueError(f"task {name!r} has no split {split!r} in {config.data.manifest}")
-        some = _some(samples, SHUFFLED_SAMPLES)
-        asked = samples, _other_tasks(some, config.data.tasks), _other_images(some)
-        texts = [_texts(_answer(model, _batches(a, reader, collator, config.eval.batch_size), config)) for a in asked]
+        samples = split_samples(manifest, name, split)
+        before = run.collator.truncated
+        texts = answers(samples, ask, size)
+        truncated = sum(dist.gather(run.collator.truncated - before))
+        some, others = _some(samples, CONTROL_SAMPLES), {}
+        for control in shuffle:
+            with CONTROLS[control](run, some) as changed:
+                others[control] = answers(changed, ask, size)
         if dist.rank() == 0:
-            rows[name] = _row(name, samples, some, texts, read_texts(manifest, name, "train"))
-            log.info("%s: %s %.3f, %d samples", name, rows[name]["metric"], rows[name]["score"], len(samples))
+            rows[name] = _row(tasks.get(name), samples, texts, read_texts(manifest, name, "train"))
+            rows[name] |= _contrast(tasks.get(name), some, others) | {"truncated": truncated}
+            log.info("%s: score %.3f, %d samples", name, rows[name]["score"], len(samples))
     scoring = time.monotonic() - start
     results = {
         "tasks": rows,
-        **model.parameter_counts(),
+        "glue_mean": glue.mean({name: _scores(row) for name, row in rows.items()}),
+        **run.model.parameter_counts(),
         "split": split,
+        "max_source_length": config.data.max_source_length,
         "seconds": _trained(Path(run_dir)) + scoring,
         "scoring_seconds": scoring,
     }
@@ -111,26 +129,36 @@ def evaluate(
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results as text: one line a task, its groups indented below it."""
-    columns = ("baseline", "bag_of_words", "shuffled_task", "shuffled_image")
+    """The results as text: one line a task; the metrics of a task that has several, and its groups, below it."""
+    rows = results["tasks"]
+    controls = dict.fromkeys(key for row in rows.values() for key in row if key.startswith("shuffled_"))
+    columns = ["baseline", "bag_of_words", *(key for key in controls if key != "shuffled_n")]
     lines = [["task", "metric", "score", "95 % interval", *(name.replace("_", " ") for name in columns), "n"]]
-    for name, row in results["tasks"].items():
-        for label, part in [(name, row), *((f"  {group}", part) for group, part in row["groups"].items())]:
-            figures = [part.get(column) for column in columns]
-            lines.append(
-                [label, part.get("metric", ""), f"{part['score']:.3f}", f"{part['low']:.3f} to {part['high']:.3f}"]
-                + ["" if figure is None else f"{figure:.3f}" for figure in figures]
-                + [str(part["n"])]
-            )
+
+    def line(label: str, metric: str, part: Mapping[str, Any]) -> list[str]:
+        figures = [part.get(column) for column in columns]
+        cells = [label, metric, f"{part['score']:.3f}", f"{part['low']:.3f} to {part['high']:.3f}"]
+        cells += ["" if figure is None else f"{figure:.3f}" for figure in figures]
+        return [*cells, str(part.get("n", ""))]
+
+    for name, row in rows.items():
+        several = len(row["metrics"]) > 1
+        lines.append(line(name, "mean" if several else next(iter(row["metrics"])), row))
+        lines += [line("", metric, figure) for metric, figure in row["metrics"].items() if several]
+        lines += [line(f"  {group}", "", part) for group, part in row["groups"].items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = 2  # columns of words; the rest are numbers
     text = [
         "  ".join(
             cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
-        for line in lines
+        for cells in lines
     ]
+    if results["glue_mean"] is not None:
+        text.append(f"GLUE, mean of 11 numbers: {results['glue_mean']:.4f}")
+    cut = [f"{row['truncated']:,} of {row['n']:,} in {name}" for name, row in rows.items() if row["truncated"]]
+    text.append(f"sources cut at {results['max_source_length']} tokens: {', '.join(cut) or 'none'}")
     counts = f"{results['trainable']:,} trainable of {results['total']:,} parameters"
     seconds = f"{results['seconds']:.0f} s, of which scoring {results['scoring_seconds']:.0f} s"
     return "\n".join([*text, f"{counts}; {results['split']} split; {seconds}"])
@@ -143,63 +171,51 @@ def _trained(run_dir: Path) -> float:
     return float(json.loads(state.read_text())["progress"]["seconds"]) if state and state.is_file() else 0.0
 
 
-def _row(
-    name: str, samples: Sequence[Sample], some: Sequence[Sample], texts: Sequence[list[str]], train: Sequence[Sample]
-) -> dict[str, Any]:
-    """One task of results.json. `texts` answer `samples`, then `some` under other tasks and with other images."""
-    task = tasks.get(name)
-    as_is, other_task, other_image = texts
-    plain = [s.source for s in train], [s.target for s in train], [s.source for s in samples]
-    priors = [metrics.score(task, prior(*plain), samples) for prior in (baselines.majority, baselines.source_prior)]
-    prior = max(priors, key=sum)
-    labels_from_text = task.modality == "text" and task.metric == "exact_match"
-    words = metrics.score(task, baselines.bag_of_words(*plain), samples) if labels_from_text else []
-    scores = metrics.score(task, as_is, samples)
+def _row(task: Task, samples: Sequence[Sample], texts: Sequence[str], train: Sequence[Sample]) -> dict[str, Any]:
+    """One task of results.json: its score, each metric, what needs no model, and its groups."""
+    asked = [sample.source for sample in samples]
+    priors = (baselines.majority, baselines.source_prior)
+    guesses = [_measured(task, prior(*_texts(train), asked), samples) for prior in priors]
+    prior = max(guesses, key=lambda rows: _mean(metrics.totals(rows)))
+    labels_from_text = task.modality == "text" and (task.labels or "exact_match" in task.metrics)
+    words = baselines.bag_of_words(*_texts(_some(train, WORDS_SAMPLES)), asked) if labels_from_text else None
+    own = metrics.measure(task, texts, samples)
 
     def part(places: Sequence[int]) -> dict[str, Any]:
-        own = [scores[i] for i in places]
-        low, high = metrics.interval(own, [samples[i].item for i in places])
+        here = list(places)
+        mean, each = metrics.figures({m: rows[here] for m, rows in own.items()}, [samples[i].item for i in here])
         return {
-            "score": float(np.mean(own)),
-            "low": low,
-            "high": high,
-            "baseline": float(np.mean([prior[i] for i in places])),
-            "n": len(places),
+            "metrics": {metric: figure._asdict() for metric, figure in each.items()},
+            **mean._asdict(),
+            "baseline": _mean(metrics.totals({metric: rows[here] for metric, rows in prior.items()})),
+            "n": len(here),
         }
 
     groups = sorted({sample.group for sample in samples if sample.group is not None})
     return {
-        "metric": task.metric,
         **part(range(len(samples))),
-        "bag_of_words": float(np.mean(words)) if words else None,
-        "shuffled_task": float(np.mean(metrics.score(task, other_task, some))) if other_task else None,
-        "shuffled_image": float(np.mean(metrics.score(task, other_image, some))) if other_image else None,
-        "shuffled_n": len(some),
+        "bag_of_words": _mean(metrics.totals(_measured(task, words, samples))) if words else None,
         "groups": {group: part([i for i, s in enumerate(samples) if s.group == group]) for group in groups},
     }
 
 
-def _answer(model: HyperPELT, batches: Iterable[Batch], config: Config) -> list[tuple[Sample, str]]:
-    """What the model generates for the samples of all ranks' batches, in no particular order, on every rank."""
-    found: list[tuple[Sample, str]] = []
-    for batch in batches:
-        ids = model.generate(batch.to(dist.device()), config.data.max_target_length, config.eval.num_beams)
-        answers = zip(batch.samples, model.backbone.decode(ids), batch.loss_weights.tolist(), strict=True)
-        found += [(sample, text) for sample, text, weight in answers if weight]
-    return [answer for part in dist.gather(found) for answer in part]
+def _contrast(task: Task, samples: Sequence[Sample], others: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The score under each control, None where it did not apply, and the number of samples asked."""
+    scores = {
+        f"shuffled_{name}": _mean(metrics.totals(_measured(task, texts, samples))) if texts else None
+        for name, texts in others.items()
+    }
+    return {**scores, "shuffled_n": len(samples)} if others else {}
 
 
-def _batches(samples: Sequence[Sample], reader: Reader, collator: Collator, size: int) -> Iterator[Batch]:
-    """This rank's share, of like length. A sample's key is its place in `samples`, whatever else was changed in it."""
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].source))
-    for start in range(dist.rank() * size, len(order), dist.world_size() * size):
-        chunk = [dataclasses.replace(samples[i], key=str(i)) for i in order[start : start + size]]
-        yield collator(chunk, reader.images(chunk) if collator.grid else {}, [1.0] * len(chunk))
+def _measured(task: Task, texts: Sequence[str], samples: Sequence[Sample]) -> dict[str, metrics.Rows]:
+    """The rows of answers that may all be the same, as the majority's are, without a warning that says so."""
+    with warnings.catch_warnings(action="ignore"):
+        return metrics.measure(task, texts, samples)
 
 
-def _texts(answers: Sequence[tuple[Sample, str]]) -> list[str]:
-    """The answers in the order of the samples that `_batches` was given."""
-    return [text for _, text in sorted(answers, key=lambda answer: int(answer[0].key))]
+def _texts(samples: Sequence[Sample]) -> tuple[list[str], list[str]]:
+    return [sample.source for sample in samples], [sample.target for sample in samples]
 
 
 def _some(samples: Sequence[Sample], limit: int) -> list[Sample]:
@@ -208,28 +224,9 @@ def _some(samples: Sequence[Sample], limit: int) -> list[Sample]:
     return [samples[i] for i in sorted(order)]
 
 
-def _other_tasks(samples: Sequence[Sample], names: Sequence[str]) -> list[Sample]:
-    """Every sample under another task drawn uniformly from `names`; [] if there is no other."""
-    others = [name for name in names if name != samples[0].task]
-    if not others:
-        return []
-    draws = np.random.default_rng(0).integers(len(others), size=len(samples))
-    return [dataclasses.replace(sample, task=others[draw]) for sample, draw in zip(samples, draws, strict=True)]
+def _scores(row: Mapping[str, Any]) -> dict[str, float]:
+    return {metric: figure["score"] for metric, figure in row["metrics"].items()}
 
 
-def _other_images(samples: Sequence[Sample]) -> list[Sample]:
-    """Every sample with another image: one cycle through all of them, so that none keeps its own; [] without images."""
-    images = sorted({sample.image for sample in samples if sample.image is not None})
-    if len(images) < 2:
-        return []
-    cycle = np.random.default_rng(0).permutation(images).tolist()
-    following = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
-    return [dataclasses.replace(s, image=following[s.image]) if s.image is not None else s for s in samples]
-
-
-def _known(names: Sequence[str] | None, tasks_of_run: Sequence[str], run_dir: str | Path) -> Sequence[str]:
-    for name in names or ():
-        if name not in tasks_of_run:
-            near = difflib.get_close_matches(name, tasks_of_run, 3, 0.4) or tasks_of_run
-            raise ValueError(f"task {name!r} is not one of {run_dir}; did you mean {', '.join(near)}?")
-    return names or tasks_of_run
+def _mean(scores: Mapping[str, float]) -> float:
+    return float(np.mean(list(scores.values())))

@@ -1,0 +1,74 @@
+"""Asks a trained run: every rank answers a share of the samples and all answers are gathered.
+
+This file must not know what the answers are for, how they are judged, nor how the model was trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hyperpelt_ds import dist
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.contracts import Batch, Sample
+from hyperpelt_ds.data.loader import read_texts
+from hyperpelt_ds.data.reader import Reader
+from hyperpelt_ds.data.shards import MANIFEST, Manifest
+from hyperpelt_ds.model import HyperPELT, Predictor
+
+Ask = Callable[[Sequence[Sample]], list[str]]
+"""Samples to what the model generates for each, in their order."""
+
+
+def answers(samples: Sequence[Sample], ask: Ask, size: int) -> list[str]:
+    """Every sample's answer, in order, on every rank.
+
+    At most `size` samples of like length are asked at once; which, does not depend on the number of ranks.
+    """
+    order = sorted(range(len(samples)), key=lambda place: len(samples[place].source))
+    found: list[tuple[int, str]] = []
+    for start in range(dist.rank() * size, len(order), dist.world_size() * size):
+        places = order[start : start + size]
+        found += zip(places, ask([samples[place] for place in places]), strict=True)
+    gathered = dict(answer for part in dist.gather(found) for answer in part)
+    return [gathered[place] for place in range(len(samples))]
+
+
+def asker(run: Predictor, reader: Reader) -> Ask:
+    """Asks with the image features that are stored beside the samples."""
+
+    def ask(samples: Sequence[Sample]) -> list[str]:
+        # a key need only be unique within one task and split; in a batch it tells the samples apart
+        chunk = [dataclasses.replace(sample, key=str(place)) for place, sample in enumerate(samples)]
+        batch = run.collator(chunk, reader.images(chunk) if run.collator.grid else {}, [1.0] * len(chunk))
+        texts = dict(zip((s.key for s in batch.samples), generate(run.model, batch, run.config), strict=True))
+        return [texts[sample.key] for sample in chunk]
+
+    return ask
+
+
+def generate(model: HyperPELT, batch: Batch, config: Config) -> list[str]:
+    """One text for each sample of the batch, as the run's configuration decodes."""
+    ids = model.generate(batch.to(dist.device()), config.data.max_target_length, config.eval.num_beams)
+    return model.backbone.decode(ids)
+
+
+def split_samples(manifest: Manifest, task: str, split: str) -> list[Sample]:
+    """All samples of one split of one task; ValueError if the task has no such split, or an empty one."""
+    samples = read_texts(manifest, task, split)
+    if not samples:
+        sizes = ", ".join(f"{name} ({manifest.count(task, name)})" for name in manifest.tasks[task])
+        fault = f"has no samples in its split {split!r}" if split in manifest.tasks[task] else f"has no split {split!r}"
+        raise ValueError(f"task {task!r} {fault} in {manifest.folder / MANIFEST}; its splits: {sizes or 'none'}")
+    return samples
+
+
+def known_tasks(names: Sequence[str] | None, tasks_of_run: Sequence[str], run_dir: str | Path) -> Sequence[str]:
+    """`names`, or all tasks of the run if None; ValueError with the nearest for a name that is none of them."""
+    for name in names or ():
+        if name not in tasks_of_run:
+            near = difflib.get_close_matches(name, tasks_of_run, 3, 0.4) or tasks_of_run
+            raise ValueError(f"task {name!r} is not one of {run_dir}; did you mean {', '.join(near)}?")
+    return names or tasks_of_run

@@ -1,0 +1,155 @@
+"""What a trained run answers to new inputs, written to files.
+
+This file must not know whether an answer is right, nor what a leaderboard wants (train/submissions.py does).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hyperpelt_ds import dist
+from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.data.reader import Reader
+from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.model import Predictor, identity_of, load
+from hyperpelt_ds.tasks import needs_image
+from hyperpelt_ds.train import engine
+from hyperpelt_ds.train.answering import Ask, answers, asker, known_tasks, split_samples
+from hyperpelt_ds.train.submissions import FORMATS
+
+log = dist.logger(__name__)
+
+
+def predict(
+    run_dir: str | Path, source: str | Path, out: str | Path, form: str, task: str | None = None, split: str = "test"
+) -> None:
+    """Answers every line of a JSONL file, or every sample of a manifest's `split`, and writes the answers into folder
+    `out` in one of FORMATS. `task` is that of lines that name none, and the only one taken from a manifest.
+
+    Works in one process and under a launcher, where rank 0 writes; the files are the same for any number of processes.
+    Raises ValueError, before anything is answered, for a bad line (naming file and line), an unknown task, split or
+    format, and samples that the format has no place for.
+    """
+    source, out = Path(source), Path(out)
+    if form not in FORMATS:
+        raise ValueError(f"--format {form}: unknown; there are {', '.join(FORMATS)}")
+    if source.suffix not in (".jsonl", ".json") or not source.is_file():
+        raise ValueError(f"--input {source}: expected an existing file, NAME.jsonl or a manifest.json")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file, expected a folder")
+    if dist.world_size() > 1:
+        engine.start_distributed()
+    run = load(run_dir, dist.device())
+    names = known_tasks([task] if task else None, run.config.data.tasks, run_dir)
+    if source.suffix == ".jsonl":
+        samples, ask = read_lines(source, run, task), _ask_with_images(run)
+    else:
+        manifest = _manifest(source, run, run_dir)
+        samples, ask = _stored(manifest, names, split), asker(run, Reader(manifest))
+    FORMATS[form].check(samples)
+    before = run.collator.truncated
+    texts = answers(samples, ask, run.config.eval.batch_size)
+    truncated = sum(dist.gather(run.collator.truncated - before))
+    if dist.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in FORMATS[form].files(samples, texts, split).items():
+            (out / name).write_text(content)
+            log.info("wrote %s", out / name)
+        log.info("%d answers; sources cut at %d tokens: %d", len(texts), run.config.data.max_source_length, truncated)
+
+
+def read_lines(path: Path, run: Predictor, task: str | None) -> list[Sample]:
+    """The samples of a JSONL file; `image` is the path of a picture.
+
+    A line is an object with `source` (or `text`), `task` unless `task` is given here, `image` where the task needs one
+    (relative paths start at the file's folder), and optionally `key`; other fields are left alone. A line without a key
+    is named by its place among the lines of its task, from 0. Raises ValueError naming file and line.
+    """
+    samples: list[Sample] = []
+    lines: dict[tuple[str, str], int] = {}
+    places: Counter[str] = Counter()
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            sample = _sample(_fields(line), run, task, path.parent)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        if not sample.key:
+            sample = dataclasses.replace(sample, key=str(places[sample.task]))
+        places[sample.task] += 1
+        first = lines.setdefault((sample.task, sample.key), number)
+        if first != number:
+            raise ValueError(f"{path}, line {number}: key {sample.key!r} of task {sample.task!r} is line {first}'s")
+        samples.append(sample)
+    if not samples:
+        raise ValueError(f"{path}: holds no lines")
+    return samples
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError('expected an object, for example {"task": "movie_sentiment", "source": "a good film"}')
+    for name in ("task", "source", "text", "image"):
+        if not isinstance(fields.get(name, ""), str):
+            raise ValueError(f"field {name!r} must be a text, got {fields[name]!r}")
+    key = fields.get("key", "")
+    if not isinstance(key, str | int) or isinstance(key, bool):
+        raise ValueError(f"field 'key' must be a text or a whole number, got {key!r}")
+    return fields
+
+
+def _sample(fields: dict[str, Any], run: Predictor, task: str | None, folder: Path) -> Sample:
+    given = [name for name in ("source", "text") if name in fields]
+    if len(given) != 1:
+        raise ValueError(f"expected one of the fields 'source' and 'text', got {' and '.join(given) or 'neither'}")
+    name = fields.get("task", task)
+    if name is None:
+        raise ValueError("no field 'task', and no --task for lines without one")
+    known_tasks([name], run.config.data.tasks, "the run")
+    image = str(folder / fields["image"]) if "image" in fields else None
+    if image is None and needs_image(name):
+        raise ValueError(f"task {name!r} needs a field 'image'")
+    if image is not None and run.config.vision.encoder is None:
+        raise ValueError("has an image, but the run was trained without images (vision.encoder is not set)")
+    if image is not None and not Path(image).is_file():
+        raise ValueError(f"image {image} does not exist")
+    return Sample(str(fields.get("key", "")), name, fields[given[0]], "", image=image)
+
+
+def _ask_with_images(run: Predictor) -> Ask:
+    """Asks with pictures, which are encoded now."""
+
+    def ask(samples: Sequence[Sample]) -> list[str]:
+        names, texts = [sample.task for sample in samples], [sample.source for sample in samples]
+        return run.generate(names, texts, [sample.image for sample in samples], num_beams=run.config.eval.num_beams)
+
+    return ask
+
+
+def _manifest(path: Path, run: Predictor, run_dir: str | Path) -> Manifest:
+    """The manifest; ValueError if its image features are not of the encoder that the run was trained with."""
+    manifest = Manifest.load(path)
+    trained = identity_of(Path(run_dir))["encoder"]
+    if run.config.vision.encoder and manifest.features and manifest.features.encoder != trained:
+        raise ValueError(f"{path} holds features of {manifest.features.encoder}, {run_dir} was trained on {trained}")
+    return manifest
+
+
+def _stored(manifest: Manifest, names: Sequence[str], split: str) -> list[Sample]:
+    """The split's samples of those of `names` that have any, less their targets, which answers do not depend on."""
+    here = [name for name in names if name in manifest.tasks]
+    if not here:
+        raise ValueError(f"{manifest.folder} holds {', '.join(manifest.tasks)}, but not {' or '.join(names)}")
+    chosen = [name for name in here if manifest.count(name, split)] or here[:1]  # the first, to say what it lacks
+    samples = [sample for name in chosen for sample in split_samples(manifest, name, split)]
+    return [dataclasses.replace(sample, target="") for sample in samples]

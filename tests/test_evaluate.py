@@ -1,0 +1,230 @@
+"""Scoring a run: what is asked of it, what the table says, and what it refuses to score."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_launch
+from conftest import tiny_samples
+from untrained import save_samples, untrained_run
+
+from hyperpelt_ds import tasks
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.data import shards
+from hyperpelt_ds.data.reader import Reader
+from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.model import load
+from hyperpelt_ds.tasks import glue, metrics
+from hyperpelt_ds.train import evaluate
+from hyperpelt_ds.train.answering import answers, asker, split_samples
+from hyperpelt_ds.train.controls import CONTROLS, other_image, other_task
+
+call = test_launch.call  # the fixture that runs an entry point in this process
+TASKS = ("movie_sentiment", "easy_vqa", "glue_rte", "vqa_v2", "coco_caption")
+LONG = "the film is not a very good story " * 3  # 24 words, of which a run with 16 tokens keeps 15
+
+
+def _samples(split: str, n: int) -> dict[str, list[Sample]]:
+    """`n` samples of each task; two long texts in movie_sentiment, several references in the last two."""
+    own = tiny_samples(split, n)
+    texts, questions, captions = own["movie_sentiment"], own["easy_vqa"], own["shape_caption"]
+    long = [dataclasses.replace(sample, source=LONG) for sample in texts[:2]]
+    made = {
+        "movie_sentiment": long + texts[2:],
+        "easy_vqa": questions,
+        "glue_rte": [dataclasses.replace(sample, target=str(i % 2)) for i, sample in enumerate(texts)],
+        "vqa_v2": [dataclasses.replace(s, group=None, references=(s.target,) * 7 + ("no",) * 3) for s in questions],
+        "coco_caption": [dataclasses.replace(s, source="", references=(s.target, "a shape")) for s in captions],
+    }
+    return {task: [dataclasses.replace(sample, task=task) for sample in made[task]] for task in made}
+
+
+@pytest.fixture(scope="module")
+def settings(config: Config, tmp_path_factory) -> Config:
+    """Five tasks; glue_rte has no validation split."""
+    splits = {split: _samples(split, n) for split, n in (("train", 12), ("validation", 6), ("test", 12))}
+    by_task = {task: {split: splits[split][task] for split in splits} for task in TASKS}
+    del by_task["glue_rte"]["validation"]
+    manifest = save_samples(tmp_path_factory.mktemp("data"), by_task)
+    return config.override([f"data.manifest={manifest}", f"data.tasks={','.join(TASKS)}"])
+
+
+@pytest.fixture(scope="module")
+def run_dir(settings: Config, tmp_path_factory) -> Path:
+    return untrained_run(tmp_path_factory.mktemp("untrained") / "run", settings)
+
+
+@pytest.fixture(scope="module")
+def results(run_dir: Path) -> dict:
+    return evaluate.evaluate(run_dir, out=run_dir / "all.json")
+
+
+def _answers(run_dir: Path, task: str) -> tuple[list[str], list[Sample]]:
+    run = load(run_dir)
+    manifest = Manifest.load(run.config.data.manifest)
+    samples = split_samples(manifest, task, "test")
+    return answers(samples, asker(run, Reader(manifest)), 100), samples
+
+
+def test_every_metric_of_a_task_is_in_its_row_and_the_score_is_their_mean(run_dir, results):
+    assert json.loads((run_dir / "all.json").read_text()) == results
+    assert list(results["tasks"]) == list(TASKS) and results["glue_mean"] is None
+    for name, row in results["tasks"].items():
+        assert tuple(row["metrics"]) == tasks.get(name).metrics
+        assert row["score"] == pytest.approx(np.mean([figure["score"] for figure in row["metrics"].values()]))
+        assert row["low"] <= row["score"] <= row["high"] and row["n"] == 12
+        predictions, samples = _answers(run_dir, name)
+        found = metrics.score(tasks.get(name), predictions, samples)
+        assert {metric: figure["score"] for metric, figure in row["metrics"].items()} == pytest.approx(found)
+    groups = results["tasks"]["easy_vqa"]["groups"]
+    assert {name: part["n"] for name, part in groups.items()} == {"color": 6, "shape": 6}
+
+
+def test_baselines_need_no_model(results):
+    rows = results["tasks"]
+    assert rows["glue_rte"]["baseline"] == pytest.approx(1 / 2), "half of the targets are 1"
+    assert rows["glue_rte"]["bag_of_words"] is not None and rows["movie_sentiment"]["bag_of_words"] is not None
+    assert rows["easy_vqa"]["bag_of_words"] is None, "words do not show the image"
+    assert rows["coco_caption"]["baseline"] > 0
+
+
+def test_cut_sources_are_counted_by_task(results):
+    assert {name: row["truncated"] for name, row in results["tasks"].items()} == {**dict.fromkeys(TASKS, 0),
+                                                                                 "movie_sentiment": 2}  # fmt: skip
+    assert "sources cut at 16 tokens: 2 of 12 in movie_sentiment\n" in evaluate.table(results)
+
+
+def test_the_table_has_a_line_for_each_task_metric_and_group(results):
+    lines = evaluate.table(results).splitlines()
+    assert lines[0].split()[:3] == ["task", "metric", "score"] and "shuffled image" in lines[0]
+    start = [line.split()[0] for line in lines[1:]]
+    assert start == ["movie_sentiment", "easy_vqa", "color", "shape", "glue_rte", "vqa_v2",
+                     "coco_caption", "bleu4", "cider", "sources", start[-1]]  # fmt: skip
+    assert len({len(line.rstrip()) for line in lines[1:3]}) == 1, "columns are aligned"
+    assert not any("GLUE" in line for line in lines)
+
+
+def test_the_glue_mean_is_printed_when_there_is_one(results):
+    assert "GLUE, mean of 11 numbers: 0.8709\n" in evaluate.table({**results, "glue_mean": 0.87089})
+
+
+@pytest.mark.slow
+def test_all_of_glue_gets_its_mean(config, tmp_path):
+    samples = {}
+    for task in glue.GLUE:
+        sources = [f"sentence: {word} film" for word in ("good", "bad", "dull", "funny")]
+        targets = [task.labels[i % len(task.labels)] for i in range(4)]
+        own = [Sample(f"k{i}", task.name, *pair) for i, pair in enumerate(zip(sources, targets, strict=True))]
+        samples[task.name] = {"train": own, "validation": own, "test": own}
+    names = ",".join(samples)
+    settings = config.override(
+        [f"data.manifest={save_samples(tmp_path / 'data', samples)}", f"data.tasks={names}", "vision.encoder=null"]
+    )
+    results = evaluate.evaluate(untrained_run(tmp_path / "run", settings), shuffle=())
+    found = [figure["score"] for row in results["tasks"].values() for figure in row["metrics"].values()]
+    assert len(found) == 11 and results["glue_mean"] == pytest.approx(np.mean(found))
+    assert "GLUE, mean of 11 numbers" in evaluate.table(results)
+
+
+@pytest.mark.parametrize(
+    ("flag", "columns"),
+    [("image", {"shuffled_image", "shuffled_n"}), ("task,image", {"shuffled_task", "shuffled_image", "shuffled_n"}),
+     ("none", set())],
+)  # fmt: skip
+def test_only_the_controls_that_are_asked_for_are_run(call, run_dir, tmp_path, flag, columns):
+    flags = ("--tasks", "easy_vqa", "--shuffle", flag, "--out", tmp_path / "r.json")
+    code, out, err = call(test_launch.script("evaluate").evaluate, "--run_dir", run_dir, *flags)
+    assert code == 0, err
+    row = json.loads((tmp_path / "r.json").read_text())["tasks"]["easy_vqa"]
+    assert {name for name in row if name.startswith("shuffled")} == columns
+    assert ("shuffled" in out) == bool(columns)
+
+
+def test_an_unknown_control_is_refused(call, run_dir):
+    code, _, err = call(test_launch.script("evaluate").evaluate, "--run_dir", run_dir, "--shuffle", "layers")
+    assert code == 2 and "--shuffle: unknown control 'layers'; there are task, image, or none" in err
+
+
+def test_shuffled_samples_never_keep_their_task_or_image(run_dir):
+    run = load(run_dir)
+    samples = [Sample(str(i), "vqa_v2", "", "", image=f"image{i % 7}") for i in range(40)]
+    with other_task(run, samples) as changed:
+        assert {sample.task for sample in changed} == set(TASKS) - {"vqa_v2"}
+    with other_image(run, samples) as changed:
+        pairs = {(old.image, new.image) for old, new in zip(samples, changed, strict=True)}
+    assert len(pairs) == 7 and all(old != new for old, new in pairs)
+    assert {new for _, new in pairs} == {old for old, _ in pairs}
+
+
+def test_a_control_that_does_not_apply_asks_nothing(run_dir, results):
+    run = load(run_dir)
+    with other_image(run, [Sample("0", "vqa_v2", "", "", image="the only one")]) as changed:
+        assert changed == []
+    run.config = run.config.override(["data.tasks=vqa_v2"])
+    with other_task(run, [Sample("0", "vqa_v2", "", "")]) as changed:
+        assert changed == []
+    assert results["tasks"]["movie_sentiment"]["shuffled_image"] is None
+    assert all(row["shuffled_task"] is not None for row in results["tasks"].values())
+    assert list(CONTROLS) == ["task", "image"]
+
+
+def test_answers_come_in_order_whatever_is_asked_together():
+    asked: list[list[int]] = []
+
+    def ask(samples: list[Sample]) -> list[str]:
+        asked.append([len(sample.source) for sample in samples])
+        return [sample.source.upper() for sample in samples]
+
+    samples = [Sample("k", "t", "ab" * (7 * i % 11), "") for i in range(11)]
+    assert answers(samples, ask, 4) == [sample.source.upper() for sample in samples]
+    lengths = [length for together in asked for length in together]
+    assert list(map(len, asked)) == [4, 4, 3] and lengths == sorted(lengths), "like lengths together"
+    assert answers([], ask, 4) == []
+
+
+def test_validation_scores_what_it_answers_and_says_what_it_leaves_out(run_dir):
+    run = load(run_dir)
+    manifest = Manifest.load(run.config.data.manifest)
+    with pytest.warns(UserWarning, match="not scored, without samples of split 'validation': glue_rte"):
+        scores = evaluate.validate(run.model, manifest, run.config, "validation", 0)
+    assert list(scores) == [task for task in TASKS if task != "glue_rte"]
+    assert all(tuple(table) == tasks.get(name).metrics for name, table in scores.items())
+    samples = split_samples(manifest, "vqa_v2", "validation")
+    texts = answers(samples, asker(run, Reader(manifest)), 100)
+    assert scores["vqa_v2"] == pytest.approx(metrics.score(tasks.get("vqa_v2"), texts, samples))
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        assert len(evaluate.validate(run.model, manifest, run.config, "test", 3)) == len(TASKS)
+    with pytest.raises(ValueError, match=r"no task of the run has samples of split 'dev' in .*manifest\.json"):
+        evaluate.validate(run.model, manifest, run.config, "dev", 0)
+
+
+def test_the_mean_score_counts_tasks_alike_however_many_metrics_they_have():
+    assert evaluate.mean_score({"a": {"x": 1.0, "y": 0.0}, "b": {"z": 1.0}}) == 0.75
+
+
+def test_an_empty_or_unknown_split_is_refused_by_name(settings, run_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"'glue_rte' has no split 'validation' in .*; its splits: train \(12\), test"):
+        evaluate.evaluate(run_dir, ["glue_rte"], "validation")
+    data = Path(settings.data.manifest).parent
+    shutil.copytree(data, tmp_path / "data")
+    tree = json.loads((data / shards.MANIFEST).read_text())
+    tree["tasks"]["glue_rte"]["validation"] = []
+    (tmp_path / "data" / shards.MANIFEST).write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="'glue_rte' has no samples in its split 'validation'"):
+        split_samples(Manifest.load(tmp_path / "data" / shards.MANIFEST), "glue_rte", "validation")
+
+
+def test_a_stored_target_outside_the_labels_stops_the_scoring_by_name(config, tmp_path):
+    own = [Sample("k0", "glue_rte", "good film", "0"), Sample("k1", "glue_rte", "bad film", "entailment")]
+    manifest = save_samples(tmp_path / "data", {"glue_rte": {"train": own, "validation": own, "test": own}})
+    settings = config.override([f"data.manifest={manifest}", "data.tasks=glue_rte", "vision.encoder=null"])
+    run = untrained_run(tmp_path / "run", settings)
+    with pytest.raises(ValueError, match="task 'glue_rte', sample 'k1': its target 'entailment' is not one of 0, 1"):
+        evaluate.evaluate(run)
