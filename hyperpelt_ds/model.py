@@ -6,7 +6,8 @@ It knows no files but a finished run's folder (`load`), and nothing of optimisat
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Conditions, Sample, Weights
 from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.hypernet import HyperNetwork
-from hyperpelt_ds.tasks import get, needs_image
+from hyperpelt_ds.tasks import TASKS, get, needs_image
 from hyperpelt_ds.vision import VisionEncoder, load_encoder
 
 IDENTITY = "identity.json"
@@ -194,16 +195,31 @@ class Predictor:
         Raises ValueError if the run needs more of a task than a description, or has a task of that name.
         """
         self._check_new(name)
-        conditions = self.model.hypernet.conditions
-        if "description" not in conditions or self.model.per_task:
+        if not self.is_described:
             raise ValueError(
                 f"task {name!r} cannot be described: the run was trained with hypernet.conditions="
                 f"{list(self.config.hypernet.conditions)} and hypernet.parameters={self.config.hypernet.parameters!r}"
             )
-        source: Any = conditions["description"]
+        source: Any = self.model.hypernet.conditions["description"]
         source.extend(describe(self.config, [sentence]))
         self.model.add_task(name, {})
         self.collator = collator_for(self.config, self.model.tasks, self.model.backbone.tokenizer)
+
+    @property
+    def is_described(self) -> bool:
+        """Whether tasks are told apart by what is said about them, and by nothing else."""
+        return "description" in self.model.hypernet.conditions and not self.model.per_task
+
+    @contextmanager
+    def described(self, name: str, sentence: str) -> Iterator[None]:
+        """Within, the run is told something else about a task of its own."""
+        source: Any = self.model.hypernet.conditions["description"]
+        before = source.vectors
+        source.replace(self.model.tasks.index(name), describe(self.config, [sentence])[0])
+        try:
+            yield
+        finally:
+            source.vectors = before
 
     def _check_new(self, task: str) -> None:
         if task in self.model.tasks:
@@ -230,7 +246,7 @@ class Predictor:
         unknown = sorted(set(names) - set(self.model.tasks))
         if unknown:
             raise ValueError(f"unknown task {unknown[0]!r}; this run was trained on {', '.join(self.model.tasks)}")
-        blind = [name for name, picture in zip(names, pictures, strict=True) if picture is None and needs_image(name)]
+        blind = [name for name, picture in zip(names, pictures, strict=True) if picture is None and _needs_image(name)]
         if blind:
             raise ValueError(f"task {blind[0]!r} needs an image with every text")
         if not texts:
@@ -240,7 +256,7 @@ class Predictor:
             if picture is not None:
                 distinct.setdefault(_identity(picture), f"image{len(distinct)}")
         opened = {distinct[_identity(p)]: p for p in pictures if p is not None}
-        features = dict(zip(opened, self._encode(list(opened.values())), strict=True)) if opened else {}
+        features = dict(zip(opened, self.features(list(opened.values())), strict=True)) if opened else {}
         samples = [
             Sample(str(i), name, text, "", image=distinct[_identity(picture)] if picture is not None else None)
             for i, (name, text, picture) in enumerate(zip(names, texts, pictures, strict=True))
@@ -254,7 +270,11 @@ class Predictor:
         order = {int(sample.key): text for sample, text in zip(batch.samples, decoded, strict=True)}
         return [order[i] for i in range(len(texts))]
 
-    def _encode(self, images: Sequence[Image.Image | str | Path]) -> Tensor:
+    def features(self, images: Sequence[Image.Image | str | Path]) -> Tensor:
+        """The features (images, V, F) of pictures or files of pictures, by the encoder that the run was trained with.
+
+        Raises ValueError for a run without images, an encoder that is another one now, and a file that is no picture.
+        """
         if self.config.vision.encoder is None:
             raise ValueError("an image was given, but this run was trained without images (vision.encoder is not set)")
         if self._encoder is None:
@@ -263,6 +283,11 @@ class Predictor:
             if any(key in made_with and made_with[key] != value for key, value in now.items()):
                 raise ValueError(f"the run was trained on features of {made_with}, but vision.* now gives {now}")
         return self._encoder.encode([_open(image) for image in images])
+
+
+def _needs_image(task: str) -> bool:
+    """False for a task that is only described: nothing else is known of it."""
+    return task in TASKS and needs_image(task)
 
 
 def _identity(image: Image.Image | str | Path) -> Any:

@@ -49,9 +49,9 @@ VISION = {"encoder": "efficientnet_lite0", "image_size": 4, "stage": "block1"}  
 WORDS = re.findall(
     r"\w+",
     "a the film is was not very good bad dull funny moving story what color shape does image contain there red blue "
-    "green circle square triangle yes no positive negative one two three four five six seven eight nine",
+    "green circle rectangle triangle yes no positive negative poor great mixed weak fair terrible excellent one two",
 )
-SHAPES = [(color, shape) for color in ("red", "blue", "green") for shape in ("circle", "square", "triangle")]
+SHAPES = [(color, shape) for color in ("red", "blue", "green") for shape in ("circle", "rectangle", "triangle")]
 
 
 def save_backbone(folder: Path, kind: str) -> Path:
@@ -84,7 +84,7 @@ def tiny_samples(split: str, n: int) -> dict[str, list[Sample]]:
         color, shape = SHAPES[(i % (n // 2)) % len(SHAPES)]
         for task, source, target, picture, group in (
             ("movie_sentiment", sentence, "positive" if good else "negative", None, None),
-            ("movie_rating", sentence, "eight" if good else "two", None, None),
+            ("movie_rating", sentence, "great" if good else "poor", None, None),
             ("easy_vqa", f"what {'color' if i % 2 else 'shape'} is the shape", color if i % 2 else shape, image,
              "color" if i % 2 else "shape"),
             ("shape_caption", "what does the image contain", f"a {color} {shape}", image, None),

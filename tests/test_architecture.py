@@ -20,13 +20,17 @@ RANKS = {
     "backbones": 2,
     "data": 2,
     "vision": 2,
+    "task_file": 2,
     "model": 3,
+    "export": 3,
+    "counts": 4,
     "train": 4,
     "launch": 5,
     "data_prep": 5,
 }
 # vision.load_encoder reaches for CLIP, which is a transformers model, inside the function that needs it.
-ALLOWED_EDGES = {("vision", "backbones")}
+# export is a use of the whole model, as training is, but one that training must not know.
+ALLOWED_EDGES = {("vision", "backbones"), ("export", "model")}
 ONLY_IN = {
     "transformers": ("hyperpelt_ds/backbones/", "data_prep/"),
     "deepspeed": ("hyperpelt_ds/train/engine.py",),
@@ -36,6 +40,10 @@ ONLY_IN = {
     "tensorboard": ("hyperpelt_ds/train/metrics.py",),
     "torch.utils.tensorboard": ("hyperpelt_ds/train/metrics.py",),
     "peft": ("launch/bench_step.py",),
+    "sklearn": ("hyperpelt_ds/tasks/metrics.py",),
+    "scipy": ("hyperpelt_ds/tasks/metrics.py",),
+    "sacrebleu": ("hyperpelt_ds/tasks/metrics.py",),
+    "pycocoevalcap": ("hyperpelt_ds/tasks/metrics.py",),
 }
 
 

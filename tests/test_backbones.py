@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import KINDS, VOCABULARY, pick, tensors, tiny_backbone, tiny_batch, tiny_hypernet, tiny_model, tiny_modules
+from tiny import (
+    KINDS,
+    VOCABULARY,
+    pick,
+    plain_logits,
+    tensors,
+    tiny_backbone,
+    tiny_batch,
+    tiny_hypernet,
+    tiny_model,
+    tiny_modules,
+)
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel
 from transformers.masking_utils import eager_mask
 
@@ -25,13 +37,20 @@ def detach(weights: Weights) -> Weights:
 
 
 def run(backbone: Backbone, weights: Weights | None, batch) -> torch.Tensor:
-    return backbone.forward(weights, batch.input_ids, batch.attention_mask, batch.labels)
+    logits = backbone.forward(weights, batch.input_ids, batch.attention_mask, batch.labels)
+    # without an encoder, padded labels have no place in a sequence: whatever stands there is left out
+    return logits if backbone.model.config.is_encoder_decoder else logits * (batch.labels >= 0).unsqueeze(2)
+
+
+def answers(backbone: Backbone, ids: torch.Tensor) -> torch.Tensor:
+    """Generated ids without the one that decoders of encoders start from."""
+    return ids[:, 1:] if backbone.model.config.is_encoder_decoder else ids
 
 
 def test_without_weights_it_is_the_plain_model(kind):
     model = tiny_model(kind)
     batch = tiny_batch(model)
-    expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+    expected = plain_logits(model, batch)
     assert torch.allclose(run(Backbone(model, None, tiny_modules()), None, batch), expected, atol=1e-5)
 
 
@@ -47,8 +66,14 @@ def test_all_zero_adapters_and_own_norms_change_nothing_at_all(kind):
 def _explicit(weights: Weights, sites: dict[int, int]):
     """Attention as the paper writes it: softmax(q [P; K]^T) [P; V], sample by sample, in float64."""
 
+    def repeated(tensor, times):
+        """(B, H', T, d) with every head `times` times: the queries that look at it."""
+        return torch.cat([tensor[:, [head]] for head in range(tensor.shape[1]) for _ in range(times)], 1)
+
     def attention(module, query, key, value, attention_mask, scaling=None, position_bias=None, **_):
         site, rows = sites[id(module)], []
+        heads, size = key.shape[1:4:2]
+        key, value = (repeated(tensor, query.shape[1] // heads) for tensor in (key, value))
         for i in range(query.shape[0]):
             scores = query[i].double() @ key[i].double().mT * (1.0 if scaling is None else scaling)
             if position_bias is not None:
@@ -59,9 +84,8 @@ def _explicit(weights: Weights, sites: dict[int, int]):
             for branch in weights.branches:
                 if branch.rows[i] < 0:
                     continue
-                heads, size = query.shape[1], query.shape[3]
-                keys = branch.prefix.keys[site, branch.rows[i]].double().view(-1, heads, size).transpose(0, 1)
-                added = branch.prefix.values[site, branch.rows[i]].double().view(-1, heads, size).transpose(0, 1)
+                own = (part[site, branch.rows[i]].double().view(1, -1, heads, size) for part in branch.prefix[:2])
+                keys, added = (repeated(part.transpose(1, 2), query.shape[1] // heads)[0] for part in own)
                 scale = 1.0 if scaling is None else scaling
                 scores = torch.cat([query[i].double() @ keys.mT * scale, scores], dim=-1)
                 values = torch.cat([added, values], dim=1)
@@ -80,7 +104,7 @@ def test_prefixes_equal_explicit_concatenation_sample_by_sample(kind):
     AttentionInterface.register("explicit", _explicit(weights, sites))
     AttentionMaskInterface.register("explicit", eager_mask)
     plain.set_attn_implementation("explicit")
-    expected = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+    expected = plain_logits(plain, batch)
     actual = run(backbone, weights, batch)
     assert torch.allclose(actual, expected, atol=1e-4)
     assert not torch.allclose(actual, run(backbone, None, batch), atol=1e-2)
@@ -110,7 +134,7 @@ def test_adapters_equal_the_formula_beside_every_feed_forward_block(kind):
         first.register_forward_pre_hook(before)
         last.register_forward_hook(after)
     with torch.no_grad():
-        expected = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+        expected = plain_logits(plain, batch)
         actual = run(backbone, weights, batch)
     assert torch.allclose(actual, expected, atol=1e-4)
     assert not torch.allclose(actual, run(backbone, None, batch), atol=1e-2)
@@ -130,7 +154,7 @@ def test_norms_of_the_bank_replace_the_models_own(kind):
     with torch.no_grad():
         for (module, name), value in zip(places, values, strict=True):
             getattr(module, name).copy_(value)
-    expected = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+    expected = plain_logits(plain, batch)
     assert torch.allclose(run(backbone, Weights((), values), batch), expected, atol=1e-5)
 
 
@@ -180,18 +204,18 @@ def test_cached_generation_equals_recomputing_every_prefix_of_the_output(kind, b
     weights = tiny_hypernet(backbone)(batch)
     cached = backbone.generate(weights, batch.input_ids, batch.attention_mask, 6, beams)
     backbone.model.generation_config.use_cache = False
+    ids, mask = batch.input_ids, batch.attention_mask
+    if not backbone.model.config.is_encoder_decoder:  # published models go on from prompts padded on the left
+        ids = [ids[row][mask[row].bool()] for row in range(4)]
+        mask = [torch.ones_like(row) for row in ids]
+        ids, mask = (pad_sequence(rows, batch_first=True, padding_side="left") for rows in (ids, mask))
     uncached = backbone.model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        max_new_tokens=6,
-        num_beams=beams,
-        do_sample=False,
-        use_cache=False,
+        input_ids=ids, attention_mask=mask, max_new_tokens=6, num_beams=beams, do_sample=False, use_cache=False
     )
-    assert torch.equal(cached, uncached)
+    assert torch.equal(cached, uncached if backbone.model.config.is_encoder_decoder else uncached[:, ids.shape[1] :])
     if beams == 1:  # and greedy search is what teacher forcing predicts
         for row in range(4):
-            tokens = cached[row, 1:]
+            tokens = answers(backbone, cached)[row]
             labels = tokens.unsqueeze(0).expand(4, -1).contiguous()
             logits = backbone.forward(weights, batch.input_ids, batch.attention_mask, labels)[row]
             end = next((i for i, t in enumerate(tokens) if t == backbone.model.config.eos_token_id), len(tokens) - 1)
@@ -276,20 +300,37 @@ def _save_tokenizer(folder) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w1", eos_token="w2").save_pretrained(folder)
 
 
+def test_images_as_tokens_change_no_set_of_parameters_that_get_a_gradient(kind, tmp_path):
+    tiny_model(kind).save_pretrained(tmp_path)  # loading makes parameters of tables that are fixed in a new model
+    _save_tokenizer(tmp_path)
+    backbone = load_backbone(ModelConfig(backbone=str(tmp_path), train_backbone=True), tiny_modules(kinds=()))
+    batch = tiny_batch(backbone.model)
+    weights = tiny_hypernet(backbone, image_tokens=True)(batch)
+    reached = []
+    for tokens in (weights.tokens, None):  # with ZeRO-2, ranks whose sets differ reduce buckets that do not match
+        backbone.model.zero_grad()
+        run(backbone, weights._replace(tokens=tokens), batch).logsumexp(-1).sum().backward()
+        reached.append({name for name, p in backbone.model.named_parameters() if p.grad is not None})
+    assert reached[0] == reached[1] and len(reached[0]) > 10
+
+
 def test_two_backbones_in_one_process_do_not_share_weights(kind):
     one, two = tiny_backbone(kind), tiny_backbone(kind)
     batch = tiny_batch(one.model)
-    expected = run(two, None, batch)
+    expected = run(two, None, batch), plain_logits(two.model, batch)
     run(one, tiny_hypernet(one)(batch), batch)
-    two_again = two.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
-    assert torch.equal(two_again, expected)
+    assert torch.equal(plain_logits(two.model, batch), expected[1])
+    assert torch.equal(run(two, None, batch), expected[0])
+    assert torch.allclose(*expected, atol=1e-5)
 
 
 def test_an_unsupported_model_type_lists_what_is_supported(kind, tmp_path):
     BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
         tmp_path
     )
-    with pytest.raises(ValueError, match=r"model.backbone: .*'bert'; supported are bart, marian, mt5, t5"):
+    with pytest.raises(
+        ValueError, match=r"model.backbone: .*'bert'; supported are bart, llama, marian, mistral, mt5, qwen2, t5"
+    ):
         load_backbone(ModelConfig(backbone=str(tmp_path)))
     with pytest.raises(ValueError, match=r"cannot load '.*nowhere'"):
         load_backbone(ModelConfig(backbone=str(tmp_path / "nowhere")))

@@ -21,12 +21,12 @@ TASKS = ["vqa", "topic", "caption"]
 FEATURES = {f"img{i}": np.full((3, 2), i + 1, dtype=np.float16) for i in range(4)}
 
 
-def word_tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
-    """Ids 3.. are w0, w1, ...; texts end with </s> (1); padding is 0."""
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i + 3 for i in range(50)}}
+def word_tokenizer(template: str = "$A </s>", **special: str | None) -> PreTrainedTokenizerFast:
+    """Ids 3.. are w0, w1, ...; texts end with </s> (1); padding is 0, and <s> is 53."""
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i + 3 for i in range(50)}, "<s>": 53}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("</s>", 1), ("<s>", 53)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, **{"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", **special}
     )
@@ -72,6 +72,23 @@ def test_tokens_are_padded_to_the_longest_and_labels_end_with_eos():
     assert batch.input_ids.tolist() == [[3, 4, 1, 0, 0, 0], [10, 11, 12, 13, 14, 1], [3, 4, 5, 1, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6, [1, 1, 1, 1, 0, 0]]
     assert batch.labels.tolist() == [[7, 8, 9, 1], [3, 1, -100, -100], [3, 4, 1, -100]]
+
+
+@pytest.mark.parametrize("template, empty", [("<s> $A", 53), ("$A", 1)])
+def test_a_tokenizer_that_ends_no_text_gives_ends_to_targets_only_and_beginnings_to_sources_only(template, empty):
+    by = Collator(word_tokenizer(template, bos_token="<s>"), TASKS, 8, 4, None, None)
+    batch = by([SAMPLES[2], SAMPLES[5], Sample("g", "vqa", text(1), "")], {}, [1.0] * 3)
+    start = [53] if template.startswith("<s>") else []
+    sources = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    assert sources == [[empty], [*start, 3], [*start, 3, 4]]  # something stands before every target
+    assert batch.labels.tolist() == [[3, 1, -100, -100], [1, -100, -100, -100], [7, 8, 9, 1]]
+    with pytest.raises(ValueError, match=r"its target has 5 tokens, data\.max_target_length is 4"):
+        by([Sample("long", "vqa", text(1), text(4))], {}, [1.0])
+
+
+def test_a_beginning_that_an_encoder_decoders_tokenizer_gives_to_targets_is_kept():
+    by = Collator(word_tokenizer("<s> $A </s>"), TASKS, 8, 4, None, None)
+    assert by.targets([Sample("a", "vqa", "", text(2))]) == [[53, 3, 4, 1]]
 
 
 @settings(deadline=None)
@@ -149,6 +166,8 @@ def test_what_a_batch_cannot_hold_is_refused_by_name():
         collate(SAMPLES, collator(2, 3))
     with pytest.raises(ValueError, match="no pad token"):
         Collator(word_tokenizer(pad_token=None), TASKS, 8, 4, None, None)
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        Collator(word_tokenizer(eos_token=None), TASKS, 8, 4, None, None)
 
 
 def test_collator_of_a_run_takes_images_only_with_an_encoder():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -11,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_launch
+import torch
 from conftest import tiny_samples
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from untrained import save_samples, untrained_run
 
 from hyperpelt_ds import tasks
@@ -149,7 +153,7 @@ def test_only_the_controls_that_are_asked_for_are_run(call, run_dir, tmp_path, f
 
 def test_an_unknown_control_is_refused(call, run_dir):
     code, _, err = call(test_launch.script("evaluate").evaluate, "--run_dir", run_dir, "--shuffle", "layers")
-    assert code == 2 and "--shuffle: unknown control 'layers'; there are task, image, or none" in err
+    assert code == 2 and "--shuffle: unknown control 'layers'; there are task, image, layer, description," in err
 
 
 def test_shuffled_samples_never_keep_their_task_or_image(run_dir):
@@ -172,7 +176,11 @@ def test_a_control_that_does_not_apply_asks_nothing(run_dir, results):
         assert changed == []
     assert results["tasks"]["movie_sentiment"]["shuffled_image"] is None
     assert all(row["shuffled_task"] is not None for row in results["tasks"].values())
-    assert list(CONTROLS) == ["task", "image"]
+    assert {key for row in results["tasks"].values() for key in row if key.startswith("shuffled")} == {
+        "shuffled_task",
+        "shuffled_image",
+        "shuffled_n",
+    }
 
 
 def test_answers_come_in_order_whatever_is_asked_together():
@@ -228,3 +236,86 @@ def test_a_stored_target_outside_the_labels_stops_the_scoring_by_name(config, tm
     run = untrained_run(tmp_path / "run", settings)
     with pytest.raises(ValueError, match="task 'glue_rte', sample 'k1': its target 'entailment' is not one of 0, 1"):
         evaluate.evaluate(run)
+
+
+@pytest.fixture(scope="module")
+def sentence_encoder(tmp_path_factory) -> Path:
+    """A tiny random BERT that knows the words of what is said about the tasks."""
+    folder = tmp_path_factory.mktemp("sentences")
+    said = " ".join(" ".join((task.description, *task.paraphrases)) for task in tasks.TASKS.values())
+    words = {word: i for i, word in enumerate(["<pad>", "<unk>", *sorted(set(re.findall(r"\w+", said)))])}
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(BertConfig(vocab_size=len(words), initializer_range=0.5, **sizes)).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def described(settings: Config, sentence_encoder: Path, tmp_path_factory) -> Path:
+    """A run on two of the tasks that knows them by what is said about them alone."""
+    told = [f"hypernet.sentence_encoder={sentence_encoder}", "hypernet.conditions=description,image"]
+    return untrained_run(
+        tmp_path_factory.mktemp("run") / "run", settings.override([*told, "data.tasks=movie_sentiment,easy_vqa"])
+    )
+
+
+@pytest.mark.parametrize("control", ["layer", "description", "paraphrase", "unrelated"])
+def test_a_control_changes_the_answers_while_it_lasts(described, settings, control):
+    run, manifest = load(described), Manifest.load(settings.data.manifest)
+    samples, ask = split_samples(manifest, "easy_vqa", "test"), asker(run, Reader(manifest))
+    before = _logits(run, samples, manifest)
+    with CONTROLS[control](run, samples) as asked:
+        assert asked == samples
+        assert not torch.allclose(_logits(run, asked, manifest), before, atol=1e-3)
+    assert torch.equal(_logits(run, samples, manifest), before)
+    assert len(answers(samples, ask, 8)) == len(samples)
+
+
+@pytest.mark.parametrize("control", ["description", "paraphrase", "unrelated"])
+def test_what_is_said_is_no_control_where_nothing_is_said(run_dir, settings, control):
+    run, samples = load(run_dir), split_samples(Manifest.load(settings.data.manifest), "easy_vqa", "test")
+    with CONTROLS[control](run, samples) as asked:
+        assert asked == []
+
+
+def test_layers_are_no_control_where_nothing_is_generated(settings, tmp_path):
+    plain = ["hypernet.conditions=", "hypernet.parameters=task", "data.tasks=movie_sentiment,easy_vqa"]
+    run = load(untrained_run(tmp_path / "run", settings.override(plain)))
+    samples = split_samples(Manifest.load(settings.data.manifest), "easy_vqa", "test")
+    with CONTROLS["layer"](run, samples) as asked:
+        assert asked == []
+
+
+def test_a_task_that_was_never_trained_is_scored_by_its_description(described, tmp_path):
+    results = evaluate.evaluate(described, ["glue_rte"], out=tmp_path / "r.json", shuffle=["description", "unrelated"])
+    row = results["tasks"]["glue_rte"]
+    assert row["n"] == 12 and 0 <= row["score"] <= 1
+    assert row["shuffled_description"] is not None and row["shuffled_unrelated"] is not None
+
+
+def test_a_new_task_is_asked_by_a_description_of_ones_own(described, call):
+    run = load(described)
+    with pytest.raises(ValueError, match="unknown task 'mine'"):
+        run.generate("mine", ["the film"])
+    run.describe_task("mine", "Say whether the film is good.")
+    assert len(run.generate(["mine", "movie_sentiment"], ["the film", "the film"])) == 2
+    with pytest.raises(ValueError, match="task 'mine' is already there"):
+        run.describe_task("mine", "Say it again.")
+    ask = ["--run_dir", described, "--task", "other", "--text", "the film"]
+    code, _, error = call(test_launch.script("generate").generate, *ask, "--description", "Say something.")
+    assert code == 0, error
+
+
+def test_a_run_with_task_embeddings_cannot_be_told_of_new_tasks(run_dir):
+    with pytest.raises(ValueError, match=r"task 'mine' cannot be described: .*hypernet.conditions=\['task', 'image'\]"):
+        load(run_dir).describe_task("mine", "Say whether the film is good.")
+
+
+def _logits(run, samples, manifest) -> torch.Tensor:
+    batch = run.collator(samples, Reader(manifest).images(samples), [1.0] * len(samples))
+    with torch.no_grad():
+        return run.model.backbone.forward(
+            run.model.hypernet(batch), batch.input_ids, batch.attention_mask, batch.labels
+        )

@@ -372,5 +372,7 @@ def test_samples_that_cannot_be_trained_on_are_found_before_the_first_step(tmp_p
     with pytest.raises(ValueError, match="'bad' of task 'easy_vqa': its target has 21 tokens"):
         check_samples(long, ["easy_vqa"], collator, 1, 2)
     check_samples(long, ["easy_vqa"], collator, 0, 2)  # the other rank's share is fine
+    with pytest.raises(ValueError, match="'easy_vqa', sample 'bad': its target 'purple' is not one of black, blue, "):
+        check_samples(manifest(group="colour", target="purple"), ["easy_vqa"], collator, 0, 1)
     with pytest.raises(ValueError, match="no features are stored for this image"):
         check_samples(manifest(image="nowhere"), ["easy_vqa"], collator, 0, 1)

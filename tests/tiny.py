@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 from hyperpelt_ds.backbones import Backbone
 from hyperpelt_ds.config import HypernetConfig, ModulesConfig
@@ -15,7 +17,7 @@ from hyperpelt_ds.hypernet.free import FreeAdapter, FreeLowRank
 from hyperpelt_ds.hypernet.heads import Generator
 
 VOCABULARY, CELLS, CHANNELS = 50, 5, 7
-KINDS = ("bart", "marian", "t5", "t5v1.1", "mt5")
+KINDS = ("bart", "marian", "t5", "t5v1.1", "mt5", "llama", "qwen2", "mistral")
 
 
 def tiny_model(kind: str, dropout: float = 0.0, **extra: object) -> transformers.PreTrainedModel:
@@ -39,6 +41,26 @@ def tiny_model(kind: str, dropout: float = 0.0, **extra: object) -> transformers
             tie_word_embeddings=kind == "t5",
             decoder_start_token_id=0,
         )
+    elif kind in ("llama", "mistral", "qwen2"):
+        name = kind.capitalize()
+        classes = (getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM"))
+        settings = dict(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            attention_dropout=dropout,
+            bos_token_id=0,
+            eos_token_id=2,
+            initializer_range=0.3,
+        )
+        if kind != "qwen2":
+            settings["head_dim"] = 6  # heads x head size is 24, not hidden_size
+        if kind == "mistral":
+            settings["sliding_window"] = 4
     else:
         name = {"bart": "Bart", "marian": "Marian"}[kind]
         model_class = "MarianMTModel" if kind == "marian" else f"{name}ForConditionalGeneration"
@@ -67,7 +89,7 @@ def tiny_model(kind: str, dropout: float = 0.0, **extra: object) -> transformers
 def tiny_batch(model: transformers.PreTrainedModel, seed: int = 1) -> Batch:
     """Four samples, two tasks, two images (one sample without), ragged sources and targets, sorted by condition."""
     generator = torch.Generator().manual_seed(seed)
-    pad = model.config.pad_token_id
+    pad = 0 if model.config.pad_token_id is None else model.config.pad_token_id  # published Llama models have none
     input_ids = torch.randint(3, VOCABULARY, (4, 7), generator=generator)
     mask = torch.ones_like(input_ids)
     labels = torch.randint(3, VOCABULARY, (4, 5), generator=generator)
@@ -138,6 +160,23 @@ def pick(batch: Batch, row: int) -> Batch:
         loss_weights=batch.loss_weights[row : row + 1],
         samples=batch.samples[row : row + 1],
     )
+
+
+def plain_logits(model: transformers.PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Logits (B, T', vocabulary) of the labels by a plain model, called as its authors would.
+
+    Without an encoder, a sample is one sequence; what predicts padded labels is then zero.
+    """
+    if model.config.is_encoder_decoder:
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+    sources = [ids[mask.bool()] for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    targets = [labels[labels >= 0] for labels in batch.labels]
+    whole = [torch.cat(pair) for pair in zip(sources, targets, strict=True)]
+    ids, mask = (pad_sequence(rows, batch_first=True) for rows in (whole, [torch.ones_like(row) for row in whole]))
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    said = [row[len(s) - 1 :][: len(t)] for row, s, t in zip(logits, sources, targets, strict=True)]
+    missing = batch.labels.shape[1] - max(map(len, targets))
+    return F.pad(pad_sequence(said, batch_first=True), (0, 0, 0, missing))
 
 
 def tensors(weights: Weights) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hyperpelt_ds.backbones import seq2seq
 from hyperpelt_ds.backbones.family import Family, Sublayer
 from hyperpelt_ds.contracts import Block, Site
 
@@ -42,20 +43,14 @@ def _embed(model: Any, ids: Tensor) -> Tensor:
     return embedded
 
 
-def _positions(model: Any, length: int) -> Tensor:
-    table = model.get_encoder().embed_positions
-    start = getattr(table, "offset", 0)
-    positions: Tensor = table.weight[start : start + length]
-    return positions
-
-
 FAMILY = Family(
     model_types=("bart", "marian"),
+    layout=seq2seq.LAYOUT,
     sublayers=_sublayers,
     norms=_norms,
     prefix_size=lambda model: model.config.d_model,
     embed=_embed,
-    positions=_positions,
+    positions=lambda model: model.get_encoder().embed_positions,
     dropout_fields=("dropout", "attention_dropout", "activation_dropout"),
     no_dropout_fields=("encoder_layerdrop", "decoder_layerdrop"),
 )

@@ -1,4 +1,4 @@
-"""A frozen sequence-to-sequence model with places for generated weights.
+"""A frozen language model with places for generated weights.
 
 With `attention.py` this is the only code that touches transformers' modules. It does not know where weights come
 from, what a task is, or how training works; a family's file tells it where things are.
@@ -11,23 +11,23 @@ import hashlib
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
-from hyperpelt_ds.backbones import attention, bart, t5
+from hyperpelt_ds.backbones import attention, bart, llama, t5
 from hyperpelt_ds.backbones.family import Family, Sublayer
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import ModelConfig, ModulesConfig
 from hyperpelt_ds.contracts import Block, Branch, Geometry, Projection, Site, Weights
 from hyperpelt_ds.kernels import adapter, low_rank
 
-FAMILIES = (bart.FAMILY, t5.FAMILY)
+FAMILIES = (bart.FAMILY, llama.FAMILY, t5.FAMILY)
 
 
 class Backbone:
@@ -51,12 +51,14 @@ class Backbone:
         if not trainable:
             model.requires_grad_(False)
         model.eval()
-        model.generation_config = _plain_generation(model.config)
+        model.generation_config = _plain_generation(model.config, tokenizer)
         model.set_attn_implementation(attention.NAME)
         self.geometry = self._attach(list(self._family.sublayers(model)))
-        self._targets: Tensor | None = None
-        model.get_output_embeddings().register_forward_pre_hook(self._keep_targets)
-        model.get_encoder().register_forward_pre_hook(self._add_images, with_kwargs=True)
+        self._places: Tensor | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._keep_places)
+        positions = self._family.positions(model)
+        if positions is not None:
+            positions.register_forward_hook(self._leave_out_images)
         self._norms = [
             (m, n) for m in self._family.norms(model) for n in ("weight", "bias") if getattr(m, n, None) is not None
         ]
@@ -91,9 +93,16 @@ class Backbone:
             if "adapter" in kinds and name in wanted.adapter_blocks:  # after the deltas: it reads what they changed
                 _attach_adapter(sublayer, self.slot, len(adapter_sites), wanted)
                 adapter_sites.append(sublayer.site)
+        model_type = self.model.config.model_type
+        for kind, name, found in (
+            ("prefix", "prefix_blocks", prefix_sites),
+            ("adapter", "adapter_blocks", adapter_sites),
+        ):
+            if kind in kinds and not found:
+                raise ValueError(f"modules.{name}: a {model_type} model has no {', '.join(getattr(wanted, name))}")
         for target in wanted.lora_targets if "lora" in kinds else ():
             if target not in linears:
-                raise ValueError(f"modules.lora_targets: a {self.model.config.model_type} model has no {target!r} here")
+                raise ValueError(f"modules.lora_targets: a {model_type} model has no {target!r} here")
         return Geometry(
             prefix_sites=tuple(prefix_sites),
             adapter_sites=tuple(adapter_sites),
@@ -102,7 +111,7 @@ class Backbone:
                 for target, own in ((target, linears[target]) for target in wanted.lora_targets if target in linears)
             ),
             prefix_size=self._family.prefix_size(self.model),
-            model_size=self.model.config.d_model,
+            model_size=self.model.config.hidden_size,
             norms=0,
         )
 
@@ -140,15 +149,15 @@ class Backbone:
         only their logits are made: (N, vocabulary). Without weights this is the plain model.
         """
         self._load(weights)
-        input_ids, attention_mask = self._room_for_images(input_ids, attention_mask)
-        decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        self._targets = targets
+        sources, mask = self._sources(input_ids, attention_mask)
+        inputs, places = self._family.layout.with_labels(self.model, sources, mask, labels)
+        if targets is not None:
+            places = targets if places is None else places.flatten()[targets]
+        self._places = places
         try:
-            output = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
-            )
+            output = self.model(**inputs, use_cache=False)
         finally:
-            self._targets = None
+            self._places = None
         return cast(Tensor, output.logits)
 
     @torch.no_grad()
@@ -160,7 +169,8 @@ class Backbone:
         max_new_tokens: int,
         num_beams: int = 1,
     ) -> Tensor:
-        """Token ids (B, at most 1 + max_new_tokens), greedy or with beams, under one set of weights throughout.
+        """Token ids of the answers (B, at most 1 + max_new_tokens), greedy or with beams, under one set of weights
+        throughout. With an encoder, the first is the one that decoders start from.
 
         The model's own generation settings (length penalties, forced or forbidden tokens) are left out: they
         belong to what the model was published for, not to the tasks trained here.
@@ -168,10 +178,8 @@ class Backbone:
         if num_beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {num_beams}")
         self._load(weights)
-        input_ids, attention_mask = self._room_for_images(input_ids, attention_mask)
         generated = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            **self._family.layout.prompt(*self._sources(input_ids, attention_mask)),
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             do_sample=False,
@@ -200,35 +208,28 @@ class Backbone:
         )
         self._set_norms(weights.norms if weights is not None else None)
 
-    def _room_for_images(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs (B, T) with a place for every image token after them, hidden from samples without an image."""
+    def _sources(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The sources' words (B, T) as vectors, their images' tokens after them (hidden from samples without an image),
+        and the mask of both."""
+        words = self._family.embed(self.model, input_ids)
         tokens = self.slot.tokens
         if tokens is None:
-            return input_ids, attention_mask
-        shape = (len(input_ids), tokens.values.shape[1])
-        has_image = (tokens.rows >= 0).to(attention_mask.dtype).unsqueeze(1).expand(shape)
-        padding = input_ids.new_full(shape, self.model.config.pad_token_id)
-        return torch.cat([input_ids, padding], 1), torch.cat([attention_mask, has_image], 1)
-
-    def _add_images(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the encoder: word embeddings, then the image tokens in the room that was made for them.
-
-        What the encoder will add for positions is taken off them, so that an image's place does not depend on the
-        length of the longest text in the batch.
-        """
-        tokens, ids = self.slot.tokens, kwargs.get("input_ids")
-        if tokens is None or ids is None:
-            return None
+            return words, attention_mask
         images = tokens.values.index_select(0, tokens.rows.clamp(min=0))
-        positions = self._family.positions(self.model, ids.shape[1])
-        if positions is not None:
-            images = images - positions[-images.shape[1] :].to(images.dtype)
-        words = self._family.embed(self.model, ids[:, : -images.shape[1]])
-        return args, {**kwargs, "input_ids": None, "inputs_embeds": torch.cat([words, images], 1)}
+        has_image = (tokens.rows >= 0).to(attention_mask.dtype).unsqueeze(1).expand(images.shape[:2])
+        return torch.cat([words, images], 1), torch.cat([attention_mask, has_image], 1)
 
-    def _keep_targets(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Spares the projection to the vocabulary for padding: about half of all places where targets are short."""
-        return None if self._targets is None else (args[0].flatten(0, 1)[self._targets],)
+    def _leave_out_images(self, module: nn.Module, args: Any, positions: Tensor) -> Tensor | None:
+        """An image has no place in a text, so that it does not matter how long the longest of the batch is."""
+        if self.slot.tokens is None:
+            return None
+        cells = self.slot.tokens.values.shape[1]
+        return F.pad(positions[..., :-cells, :], (0, 0, 0, cells))
+
+    def _keep_places(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Spares the projection to the vocabulary for what predicts nothing: about half of all places where targets
+        are short, and the sources of models without an encoder."""
+        return None if self._places is None else (args[0].flatten(0, 1)[self._places],)
 
     def _set_norms(self, values: Tensor | None) -> None:
         if not self._norms:
@@ -238,14 +239,22 @@ class Backbone:
             setattr(module, name, value)
 
 
-def _plain_generation(config: Any) -> GenerationConfig:
-    """Only the special tokens: transformers fills every setting that a call leaves open from the model's own."""
-    pad, end = config.pad_token_id, config.eos_token_id
+def _plain_generation(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
+    """Only the special tokens: transformers fills every setting that a call leaves open from the model's own.
+
+    An answer ends with what the model says, which may be several tokens, and with what the tokenizer says, with which
+    targets end. Where the model has no padding, an end pads.
+    """
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [*ends, tokenizer.eos_token_id if tokenizer is not None else None]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    pad = config.pad_token_id
     return GenerationConfig(
-        pad_token_id=pad,
-        eos_token_id=end,
-        decoder_start_token_id=config.decoder_start_token_id,
-        suppress_tokens=[pad] if pad != end else None,  # published Marian models forbid it too: it has a likely logit
+        pad_token_id=next(iter(ends), None) if pad is None else pad,
+        eos_token_id=ends or None,
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+        # published Marian models forbid padding too: it has a likely logit
+        suppress_tokens=None if pad is None or pad in ends else [pad],
     )
 
 
@@ -281,8 +290,9 @@ def load_backbone(config: ModelConfig, modules: ModulesConfig | None = None) -> 
                 setattr(model_config, name, config.dropout)
         for name in family.no_dropout_fields:
             setattr(model_config, name, 0.0)
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForSeq2SeqLM.from_pretrained(where, config=model_config, dtype=getattr(torch, config.dtype))
+        tokenizer = family.layout.tokenizer(AutoTokenizer.from_pretrained(where))
+        dtype = getattr(torch, config.dtype)
+        model = family.layout.auto_class.from_pretrained(where, config=model_config, dtype=dtype)
     except OSError as error:
         raise ValueError(f"model.backbone: cannot load {where!r}: {str(error).splitlines()[0]}") from error
     if config.activation_checkpointing:
@@ -292,8 +302,8 @@ def load_backbone(config: ModelConfig, modules: ModulesConfig | None = None) -> 
 
 def random_model(model_type: str, **fields: Any) -> Any:
     """An untrained model of a supported type with the given configuration fields: for benchmarks and tests."""
-    family_of(model_type, model_type)
-    return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **fields))
+    layout = family_of(model_type, model_type).layout
+    return layout.auto_class.from_config(AutoConfig.for_model(model_type, **fields))
 
 
 def _cast(part: Any, dtype: torch.dtype) -> Any:

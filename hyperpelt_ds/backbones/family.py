@@ -27,24 +27,44 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a batch's sources and targets become the input of a model.
+
+    Sources come as vectors (B, T, D) with a mask (B, T), 1 for real ones, wherever these stand.
+    """
+
+    auto_class: Any
+    """The class of transformers that loads such a model with the layer that gives logits."""
+    with_labels: Callable[[Any, Tensor, Tensor, Tensor], tuple[dict[str, Tensor], Tensor | None]]
+    """(model, sources, mask, labels (B, T')): what the model is called with, and the places (B, T') in its flattened
+    output of what predicts each label; None where its output is in the labels' order already."""
+    prompt: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    """(sources, mask): what `generate` is called with. It then returns new tokens only, after at most one to start."""
+    tokenizer: Callable[[Any], Any]
+    """The published tokenizer, made fit for sources and targets."""
+
+
+@dataclass(frozen=True)
 class Family:
-    """Where a family of sequence-to-sequence models keeps the places that generated weights go to.
+    """Where a family of language models keeps the places that generated weights go to.
 
     Each function takes the whole transformers model.
     """
 
     model_types: tuple[str, ...]
     """`config.model_type` values of transformers."""
+    layout: Layout
+    """Whether it has an encoder, and what follows from that."""
     sublayers: Callable[[Any], Iterator[Sublayer]]
     """Every block, the encoder's before the decoder's."""
     norms: Callable[[Any], Iterator[nn.Module]]
-    """Every layer norm; its `weight`, and `bias` if it has one, are trained."""
+    """Every layer norm of the model's size; its `weight`, and `bias` if it has one, are trained."""
     prefix_size: Callable[[Any], int]
     """Key heads x head size."""
     embed: Callable[[Any, Tensor], Tensor]
-    """What the encoder makes of token ids (B, T) before it adds positions: (B, T, D)."""
-    positions: Callable[[Any, int], Tensor | None]
-    """What the encoder adds to its first T inputs, (T, D); None if it adds nothing."""
+    """What becomes of a source's token ids (B, T) before positions are added: (B, T, D)."""
+    positions: Callable[[Any], nn.Module | None]
+    """The module whose output ((B,) T, D) is added to a source's vectors; None if there is none."""
     dropout_fields: tuple[str, ...]
     """The configuration fields that hold dropout rates."""
     no_dropout_fields: tuple[str, ...] = ()

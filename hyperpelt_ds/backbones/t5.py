@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from hyperpelt_ds.backbones import seq2seq
 from hyperpelt_ds.backbones.family import Family, Sublayer
 from hyperpelt_ds.contracts import Block, Site
 
@@ -46,11 +47,12 @@ def _embed(model: Any, ids: Tensor) -> Tensor:
 
 FAMILY = Family(
     model_types=("t5", "mt5"),
+    layout=seq2seq.LAYOUT,
     sublayers=_sublayers,
     norms=_norms,
     prefix_size=lambda model: model.config.num_heads * model.config.d_kv,
     embed=_embed,
-    positions=lambda model, length: None,
+    positions=lambda model: None,
     dropout_fields=("dropout_rate",),
     overflows_in_float16=True,
 )

@@ -21,6 +21,8 @@ IGNORED = -100  # the label that a loss leaves out
 class Collator:
     """Makes batches for one run. `tasks` in order: a task's place is its row in the task embedding table.
 
+    Targets end with the tokenizer's end-of-text token: it is added where the tokenizer does not do so itself, and then
+    nothing else is (a target that continues its source has no token for a beginning).
     With `cells` and `channels` None the run has no visual branch, and the samples' images are left out.
     `truncated` counts the sources cut at `max_source_length` tokens since this object was made (in this process).
     """
@@ -36,7 +38,10 @@ class Collator:
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-text token, so that no model could learn to end a target")
         self.tokenizer = tokenizer
+        self.ends_targets = tokenizer(text_target="a")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.rows = {task: row for row, task in enumerate(tasks)}
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
@@ -81,11 +86,14 @@ class Collator:
         if full:
             whole = self.tokenizer(full, truncation=False, verbose=False)["input_ids"]
             self.truncated += sum(len(row) > self.max_source_length for row in whole)
-        return rows
+        return [row or [self.tokenizer.eos_token_id] for row in rows]  # a first target token must follow something
 
     def targets(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Token ids of the samples' targets; raises ValueError naming a sample whose target is too long."""
-        targets = self.tokenizer(text_target=[sample.target for sample in samples])["input_ids"]
+        texts = [sample.target for sample in samples]
+        targets = self.tokenizer(text_target=texts, add_special_tokens=self.ends_targets)["input_ids"]
+        if not self.ends_targets:
+            targets = [[*tokens, self.tokenizer.eos_token_id] for tokens in targets]
         for sample, tokens in zip(samples, targets, strict=True):
             if len(tokens) > self.max_target_length:
                 raise ValueError(

@@ -25,6 +25,8 @@ from hyperpelt_ds.data.collate import Collator, collator_for
 from hyperpelt_ds.data.order import Order, mixture
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.data.shards import MANIFEST, Manifest, read_index
+from hyperpelt_ds.tasks import get
+from hyperpelt_ds.tasks.task import check_target
 
 TRAIN, VALIDATION = "train", "validation"
 Place = tuple[str, int]  # a task and the index of one of its samples
@@ -175,8 +177,8 @@ def evaluation_batches(
 def check_samples(manifest: Manifest, tasks: Sequence[str], collator: Collator, rank: int, world_size: int) -> None:
     """Reads this rank's share of all training and validation samples before the first step.
 
-    Raises ValueError naming the sample for a target that is too long, a damaged sample, and an image without features:
-    each would otherwise stop the run only when it is first drawn.
+    Raises ValueError naming the sample for a target that is too long or none of its task's labels, a damaged sample,
+    and an image without features: each would otherwise stop the run only when it is first drawn.
     """
     reader = Reader(manifest)
     if collator.grid and manifest.features:
@@ -187,6 +189,8 @@ def check_samples(manifest: Manifest, tasks: Sequence[str], collator: Collator, 
         for start in range(0, len(own), 1024):
             samples = [reader.sample(task, split, index) for index in own[start : start + 1024]]
             collator.targets(samples)
+            for sample in samples:
+                check_target(get(task), sample.key, sample.target)
             for sample in samples:
                 if collator.grid and sample.image is not None and not reader.has_image(sample.image):
                     reader.images([sample])  # raises with the names

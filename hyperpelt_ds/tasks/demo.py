@@ -95,6 +95,7 @@ DEMO = (
         f"nine grades as words; {_MOVIES}",
         "Grade the opinion with one of nine words, from terrible to excellent.",
         _rating,
+        labels=RATINGS,
         paraphrases=(
             "Say in one word how good the writer finds the film, on a scale that ends at terrible and excellent.",
             "Choose the word, terrible at worst and excellent at best, that fits how the film was received.",
@@ -132,6 +133,7 @@ DEMO = (
         f"answers a question; {_EASY_VQA}",
         "Answer the question about the picture in one word.",
         _answer,
+        labels=(*COLOURS, *SHAPES, "yes", "no"),
         paraphrases=(
             "Look at the picture and reply to what is asked with a single word.",
             "Give the one-word reply that the image supports.",

@@ -13,8 +13,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 
+from hyperpelt_ds import tasks
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.model import Predictor
+
+Control = Callable[[Predictor, Sequence[Sample]], AbstractContextManager[list[Sample]]]
 
 
 @contextmanager
@@ -40,5 +43,50 @@ def other_image(run: Predictor, samples: Sequence[Sample]) -> Iterator[list[Samp
     yield [dataclasses.replace(s, image=following[s.image]) if s.image is not None else s for s in samples]
 
 
-Control = Callable[[Predictor, Sequence[Sample]], AbstractContextManager[list[Sample]]]
-CONTROLS: dict[str, Control] = {"task": other_task, "image": other_image}
+@contextmanager
+def other_layer(run: Predictor, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """What is generated for a layer goes to the one before it; none where nothing is generated."""
+    if not len(run.model.hypernet.controllers):
+        yield []
+        return
+    with run.model.hypernet.shifted_layers():
+        yield list(samples)
+
+
+def _told(say: Callable[[Predictor, str], str | None]) -> Control:
+    """A control that tells the run something else about the task; none if it is told nothing, or `say` has nothing."""
+
+    @contextmanager
+    def told(run: Predictor, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+        task = samples[0].task
+        sentence = say(run, task) if "description" in run.model.hypernet.conditions else None
+        if sentence is None:
+            yield []
+            return
+        with run.described(task, sentence):
+            yield list(samples)
+
+    return told
+
+
+def _next_task(run: Predictor, task: str) -> str | None:
+    """What is said about the next task of the run that has other things said about it."""
+    names, own = run.model.tasks, tasks.get(task).description
+    place = names.index(task)
+    others = [tasks.get(name).description for name in (*names[place + 1 :], *names[:place])]
+    return next((said for said in others if said != own), None)
+
+
+def _other_words(run: Predictor, task: str) -> str | None:
+    return next(iter(tasks.get(task).paraphrases), None)
+
+
+CONTROLS: dict[str, Control] = {
+    "task": other_task,
+    "image": other_image,
+    "layer": other_layer,
+    "description": _told(_next_task),
+    "paraphrase": _told(_other_words),
+    "unrelated": _told(lambda run, task: "The harbour was quiet, and a mild wind came from the west."),
+}
+DEFAULT = ("task", "image")

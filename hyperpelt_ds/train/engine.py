@@ -124,8 +124,8 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
         tree[key] = value
     if config.model.train_backbone and tree.get("zero_optimization", {}).get("stage") == 3:
         raise ValueError(
-            f"{path}: ZeRO stage 3 cannot train the backbone (model.train_backbone): it gathers weights whenever a rank "
-            f"needs them, and ranks decode answers of different lengths in validation; use stage 0, 1 or 2"
+            f"{path}: ZeRO stage 3 cannot train the backbone (model.train_backbone): it gathers weights when "
+            f"a rank needs them, and ranks decode answers of different lengths in validation; use stage 0, 1 or 2"
         )
     for name in _autos(tree):
         raise ValueError(f'{path}: {name} is "auto", but the recipe has no value for it; give one')

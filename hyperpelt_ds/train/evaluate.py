@@ -25,7 +25,7 @@ from hyperpelt_ds.model import HyperPELT, identity_of, load
 from hyperpelt_ds.tasks import Task, baselines, glue, metrics
 from hyperpelt_ds.train import engine
 from hyperpelt_ds.train.answering import answers, asker, generate, known_tasks, split_samples
-from hyperpelt_ds.train.controls import CONTROLS
+from hyperpelt_ds.train.controls import CONTROLS, DEFAULT
 
 log = dist.logger(__name__)
 
@@ -73,13 +73,17 @@ def evaluate(
     names: Sequence[str] | None = None,
     split: str = "test",
     out: str | Path | None = None,
-    shuffle: Sequence[str] = tuple(CONTROLS),
+    shuffle: Sequence[str] = DEFAULT,
+    manifest_path: str | Path | None = None,
+    task_files: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Scores a run on all of `split`, prints the table and writes it to `out` (run_dir/results.json); returns it.
 
-    Each task is answered as it is, and once more under each control that `shuffle` names. Works in one process and
-    under a launcher, where only rank 0 has the scores; they are the same for any number of processes. Raises ValueError
-    for a folder that is no run, and for a task, split or control that it does not have or that is empty.
+    `task_files` add tasks that were trained on top of the run. A run whose tasks are only described can be asked for
+    any known task, trained or not. `manifest_path` names other data than the run was trained on. Each task
+    is answered as it is, and once more under each control that `shuffle` names. Works in one process and under a
+    launcher, where only rank 0 has the scores; they are the same for any number of processes. Raises ValueError for a
+    folder that is no run, and for a task, split or control that it does not have or that is empty.
     """
     start = time.monotonic()
     for control in shuffle:
@@ -89,11 +93,14 @@ def evaluate(
         raise ValueError(f"--out {out}: there is no folder {Path(out).parent}")
     if dist.world_size() > 1:
         engine.start_distributed()
-    run = load(run_dir, dist.device())
+    run = load(run_dir, dist.device(), task_files)
     config = run.config
-    names = known_tasks(names, config.data.tasks, run_dir)
-    manifest = Manifest.load(config.data.manifest)
-    if manifest.digest != identity_of(Path(run_dir))["manifest"]:
+    for name in names or ():
+        if run.is_described and name not in run.model.tasks and name in tasks.TASKS:
+            run.describe_task(name, tasks.get(name).description)
+    names = known_tasks(names, run.model.tasks, run_dir)
+    manifest = Manifest.load(manifest_path or config.data.manifest)
+    if manifest_path is None and manifest.digest != identity_of(Path(run_dir))["manifest"]:
         raise ValueError(
             f"{run_dir} was trained on other data than {config.data.manifest} now holds: splits may differ"
         )

@@ -37,6 +37,12 @@ class DescriptionCondition(nn.Module):
         """Appends the vectors of further tasks, (tasks, F'); those that are there keep every bit."""
         self.vectors = torch.cat([self.vectors, _scaled(vectors.to(self.vectors))])
 
+    def replace(self, task: int, vector: Tensor) -> None:
+        """Describes task number `task` anew, vector (F'); the others keep every bit."""
+        vectors = self.vectors.clone()
+        vectors[task] = _scaled(vector.to(vectors).unsqueeze(0))[0]
+        self.vectors = vectors
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows (C, P, d) of the batch's distinct tasks, and each sample's place among them (B,)."""
         said: Tensor = self.project(self.vectors[batch.tasks].to(self.project.weight.dtype))
