@@ -21,7 +21,7 @@ class ModelConfig:
     """The frozen backbone."""
 
     backbone: str = ""
-    """A local folder or a hub id of a BART, Marian, T5 or mT5 model."""
+    """A local folder or a hub id of a BART, Marian, T5, mT5, Llama, Mistral or Qwen2 model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen weights, and of the activations except where the DeepSpeed JSON asks for autocast while
     training; validation and generation run without autocast."""
@@ -127,7 +127,8 @@ class VisionConfig:
     channels: int = 2048
     """Channels of a cell (F)."""
     tokens: bool = False
-    """Give the image to the encoder as well, as one projected token for every cell after the text."""
+    """Give the image to the encoder as well, as one projected token for every cell after the text; to a model without
+    an encoder, between source and target."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,9 @@ class DataConfig:
     """Tasks are drawn with p ~ n^(1/temperature)."""
     task_weights: dict[str, float] = field(default_factory=dict)
     """Explicit sampling weights by task name; replaces the temperature where given (then for all tasks)."""
+    name_task: bool = False
+    """Begin every source with its task's name. Weights that all tasks share cannot tell two tasks on the same kind of
+    input apart otherwise; weights made from the task can."""
     max_source_length: int = 128
     """Source tokens kept; longer sources are cut and counted."""
     max_target_length: int = 32

@@ -141,20 +141,24 @@ def _total(part: Any) -> Tensor | float:
 def build(config: Config, tasks: Sequence[str]) -> HyperPELT:
     """The model of a configuration, with the hypernetwork drawn from train.seed; the caller's RNG is untouched."""
     backbone = load_backbone(config.model, config.modules)
-    cells = config.vision.cells if config.vision.tokens else 0
-    for name, more in (("max_source_length", cells), ("max_target_length", 0)):
-        length = getattr(config.data, name) + more
-        if backbone.positions is not None and length > backbone.positions:
-            image = f" and {more} image tokens" if more else ""
-            raise ValueError(
-                f"data.{name} is {length - more}{image}, but {config.model.backbone} has {backbone.positions} positions"
-            )
+    _check_lengths(config, backbone)
     descriptions = None
     if "description" in config.hypernet.conditions:
         descriptions = describe(config, [get(name).description for name in tasks])
     with torch.random.fork_rng():
         torch.manual_seed(config.train.seed)
         return HyperPELT(config, backbone, tasks, descriptions)
+
+
+def _check_lengths(config: Config, backbone: Backbone) -> None:
+    """Raises ValueError for lengths that the model has no positions for."""
+    data, cells = config.data, config.vision.cells if config.vision.tokens else 0
+    source = {"data.max_source_length": data.max_source_length, **({"vision.cells": cells} if cells else {})}
+    target = {"data.max_target_length": data.max_target_length}
+    for part in [source | target] if backbone.one_sequence else [source, target]:
+        if backbone.positions is not None and sum(part.values()) > backbone.positions:
+            given = " + ".join(f"{name} {length}" for name, length in part.items())
+            raise ValueError(f"{given} are more than the {backbone.positions} positions of {config.model.backbone}")
 
 
 def describe(config: Config, sentences: Sequence[str]) -> Tensor:

@@ -201,3 +201,17 @@ def test_the_slow_tokenizer_of_published_marian_models_works_and_counts_cut_sour
     batch = collator(samples, {}, [1.0, 1.0])
     assert batch.input_ids.shape[1] == 6 and collator.truncated == 1
     assert (batch.labels[batch.labels != -100] == 0).sum() == 2  # each target ends with </s>
+
+
+def test_a_source_names_its_task_only_if_it_is_asked_to(config):
+    tokenizer = AutoTokenizer.from_pretrained(config.model.backbone)
+    sample = Sample("1", "movie_sentiment", "the film", "positive")
+    named, plain = (
+        collator_for(c, ["movie_sentiment"], tokenizer)([sample], {}, [1.0]).input_ids[0].tolist()
+        for c in (
+            config.override(["data.name_task=true", "vision.encoder=null"]),
+            config.override(["vision.encoder=null"]),
+        )
+    )
+    assert plain == tokenizer("the film")["input_ids"]
+    assert named == tokenizer("movie sentiment: the film")["input_ids"] != plain

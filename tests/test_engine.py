@@ -163,3 +163,17 @@ def test_full_fine_tuning_is_refused_at_stage_3_where_ranks_would_wait_for_each_
     with pytest.raises(ValueError, match=r"ZeRO stage 3 cannot train the backbone .* use stage 0, 1 or 2"):
         engine.merge("ds_configs/zero3_cpu.json", whole, 1)
     assert engine.merge("ds_configs/zero2_cpu.json", whole, 1)["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, True),
+        ({"torch_autocast": {"enabled": False, "dtype": "float16"}}, False),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, False),
+        ({"fp16": {"enabled": True}}, True),
+        ({}, False),
+    ],
+)
+def test_float16_is_seen_wherever_the_json_asks_for_it(settings, expected):
+    assert engine.computes_in_float16(settings) is expected

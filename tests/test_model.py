@@ -9,7 +9,7 @@ from tiny import CELLS, CHANNELS, KINDS, pick, tiny_backbone, tiny_batch, tiny_h
 
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Branch, Weights
-from hyperpelt_ds.model import HyperPELT, weights_file
+from hyperpelt_ds.model import HyperPELT, _check_lengths, weights_file
 
 
 def tiny(kind: str = "marian", *overrides: str, dropout: float = 0.0) -> HyperPELT:
@@ -153,3 +153,28 @@ def test_the_weights_of_a_run_are_the_best_else_the_latest(tmp_path):
     assert weights_file(tmp_path).parent.name == "step_00000010"
     save_file({"x": torch.ones(1)}, tmp_path / "best/weights.safetensors")
     assert weights_file(tmp_path).parent.name == "best"
+
+
+@pytest.mark.parametrize(
+    "kind, given, refused",
+    [
+        ("marian", ["data.max_source_length=64", "data.max_target_length=64"], None),
+        ("marian", ["data.max_source_length=65"], "data.max_source_length 65 are more than the 64 positions"),
+        ("marian", ["data.max_source_length=60", "vision.tokens=true"], "60 .* vision.cells 5 are more than the 64"),
+        ("llama", ["data.max_source_length=40", "data.max_target_length=24"], None),
+        (
+            "llama",
+            ["data.max_source_length=40", "data.max_target_length=25"],
+            "40 .* 25 are more than the 64 positions",
+        ),
+        ("t5", ["data.max_source_length=9999"], None),
+    ],
+)
+def test_lengths_must_fit_the_models_positions(kind, given, refused):
+    cells = ["vision.encoder=resnet18", f"vision.cells={CELLS}"]
+    config = Config().override([*cells, "data.max_target_length=8", *given])
+    backbone = tiny_backbone(kind)
+    if refused is None:
+        return _check_lengths(config, backbone)
+    with pytest.raises(ValueError, match=refused):
+        _check_lengths(config, backbone)

@@ -122,6 +122,16 @@ class Backbone:
         return limit
 
     @property
+    def one_sequence(self) -> bool:
+        """Whether source, image tokens and target share the model's positions (models without an encoder)."""
+        return self._family.layout.one_sequence
+
+    @property
+    def overflows_in_float16(self) -> bool:
+        """Whether activations of published models of this family leave the range of float16."""
+        return self._family.overflows_in_float16
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 

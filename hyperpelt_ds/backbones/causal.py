@@ -52,4 +52,10 @@ def _tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-LAYOUT = Layout(auto_class=AutoModelForCausalLM, with_labels=_with_labels, prompt=_prompt, tokenizer=_tokenizer)
+LAYOUT = Layout(
+    auto_class=AutoModelForCausalLM,
+    with_labels=_with_labels,
+    prompt=_prompt,
+    tokenizer=_tokenizer,
+    one_sequence=True,
+)

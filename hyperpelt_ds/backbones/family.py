@@ -42,6 +42,8 @@ class Layout:
     """(sources, mask): what `generate` is called with. It then returns new tokens only, after at most one to start."""
     tokenizer: Callable[[Any], Any]
     """The published tokenizer, made fit for sources and targets."""
+    one_sequence: bool
+    """Whether source, image tokens and target share one sequence, and its positions."""
 
 
 @dataclass(frozen=True)

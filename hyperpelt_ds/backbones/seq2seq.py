@@ -20,5 +20,9 @@ def _prompt(sources: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 LAYOUT = Layout(
-    auto_class=AutoModelForSeq2SeqLM, with_labels=_with_labels, prompt=_prompt, tokenizer=lambda tokenizer: tokenizer
+    auto_class=AutoModelForSeq2SeqLM,
+    with_labels=_with_labels,
+    prompt=_prompt,
+    tokenizer=lambda tokenizer: tokenizer,
+    one_sequence=False,
 )

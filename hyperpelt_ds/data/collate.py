@@ -23,8 +23,8 @@ class Collator:
 
     Targets end with the tokenizer's end-of-text token: it is added where the tokenizer does not do so itself, and then
     nothing else is (a target that continues its source has no token for a beginning).
-    With `cells` and `channels` None the run has no visual branch, and the samples' images are left out.
-    `truncated` counts the sources cut at `max_source_length` tokens since this object was made (in this process).
+    With `name_task` every source begins with its task's name. With `cells` and `channels` None the run has no visual
+    branch, and the samples' images are left out. `truncated` counts the sources cut at `max_source_length` tokens since this object was made (in this process).
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Collator:
         max_target_length: int,
         cells: int | None,
         channels: int | None,
+        name_task: bool = False,
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token")
@@ -45,6 +46,7 @@ class Collator:
         self.rows = {task: row for row, task in enumerate(tasks)}
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
+        self.name_task = name_task
         self.grid = None if cells is None or channels is None else (cells, channels)
         self.truncated = 0
 
@@ -80,6 +82,8 @@ class Collator:
 
     def _sources(self, samples: Sequence[Sample]) -> list[list[int]]:
         texts = [sample.source for sample in samples]
+        if self.name_task:
+            texts = [f"{s.task.replace('_', ' ')}: {text}" for s, text in zip(samples, texts, strict=True)]
         rows = self.tokenizer(texts, truncation=True, max_length=self.max_source_length)["input_ids"]
         # only a source that fills the limit can have been cut; slow tokenizers do not say, so these are made again
         full = [text for text, row in zip(texts, rows, strict=True) if len(row) == self.max_source_length]
@@ -127,6 +131,7 @@ def collator_for(config: Config, tasks: Sequence[str], tokenizer: Any) -> Collat
         config.data.max_target_length,
         vision.cells if vision else None,
         vision.channels if vision else None,
+        config.data.name_task,
     )
 
 

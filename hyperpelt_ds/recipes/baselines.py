@@ -2,8 +2,8 @@
 
 Layer norms are trained in all of them, as in the method; modules.train_norms=false leaves them frozen. Weights that all
 tasks share know of no task, and the sources name none: tasks that look alike (MRPC, STS-B and RTE) are told apart by
-nothing then. Say so beside such a row, or give each task a set of its own: hypernet.parameters=task (of plain prefixes
-only with hypernet.prefix_mlp=0).
+nothing then. Say so beside such a row, name the task in the source (data.name_task=true), or give each task a set of
+its own: hypernet.parameters=task (of plain prefixes only with hypernet.prefix_mlp=0).
 
 On images, `vl_t5_base` lists the same methods as overrides, each with the image as projected tokens of the encoder.
 """

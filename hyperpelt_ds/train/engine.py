@@ -80,6 +80,13 @@ def start_distributed() -> None:
     _shared_buffer().unlink(missing_ok=True)
 
 
+def computes_in_float16(settings: dict[str, Any]) -> bool:
+    """Whether merged settings ask for float16, as DeepSpeed's own mode or as autocast."""
+    autocast = settings.get("torch_autocast", {})
+    names = ("float16", "fp16", "half", "torch.float16")
+    return bool(settings.get("fp16", {}).get("enabled") or (autocast.get("enabled") and autocast.get("dtype") in names))
+
+
 def _shared_buffer() -> Path:
     """The file in memory that DeepSpeed (seen in 0.19.8) makes for a rank's shared-memory reductions on CPUs.
 

@@ -61,10 +61,15 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
     _claim(folder, resume)
     manifest = Manifest.load(config.data.manifest)
     config = resolve(config, manifest)
-    engine.merge(ds_config, config, dist.world_size())  # for its errors, before minutes of loading
+    settings = engine.merge(ds_config, config, dist.world_size())  # for its errors, before minutes of loading
     engine.start_distributed()
     dist.agree("the data", manifest.digest)
     model = build(config, config.data.tasks).to_device(dist.device())
+    if model.backbone.overflows_in_float16 and engine.computes_in_float16(settings):
+        log.warning(
+            "%s asks for float16, whose range the activations of published T5 models leave: expect NaN, use bfloat16",
+            ds_config,
+        )
     backbone = model.backbone.fingerprint()
     dist.agree("the frozen backbone", backbone)
     _check_samples(manifest, config, model)
