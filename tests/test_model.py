@@ -165,7 +165,7 @@ def test_the_weights_of_a_run_are_the_best_else_the_latest(tmp_path):
         (
             "llama",
             ["data.max_source_length=40", "data.max_target_length=25"],
-            "40 .* 25 are more than the 64 positions",
+            "40 .* 25 are more than the 64",
         ),
         ("t5", ["data.max_source_length=9999"], None),
     ],

@@ -24,7 +24,8 @@ class Collator:
     Targets end with the tokenizer's end-of-text token: it is added where the tokenizer does not do so itself, and then
     nothing else is (a target that continues its source has no token for a beginning).
     With `name_task` every source begins with its task's name. With `cells` and `channels` None the run has no visual
-    branch, and the samples' images are left out. `truncated` counts the sources cut at `max_source_length` tokens since this object was made (in this process).
+    branch, and the samples' images are left out. `truncated` counts the sources cut at `max_source_length` tokens since
+    this object was made (in this process).
     """
 
     def __init__(
