@@ -13,6 +13,7 @@ import gc
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from hyperpelt_ds import dist
 from hyperpelt_ds.backbones import static
 from hyperpelt_ds.backbones.stock import places, static_tensors, stock_logits
 from hyperpelt_ds.contracts import Batch, Sample
+from hyperpelt_ds.data.collate import source_start
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.data.shards import Manifest
 from hyperpelt_ds.model import Predictor, identity_of, load
@@ -58,9 +60,17 @@ class Live(NamedTuple):
 
 
 def export(
-    run_dir: str | Path, task: str, image: str | Path | None = None, *, out: str | Path, format: str = "safetensors"
+    run_dir: str | Path,
+    task: str,
+    image: str | Path | None = None,
+    *,
+    out: str | Path,
+    format: str = "safetensors",
+    task_file: str | Path | None = None,
 ) -> Path:
     """Writes the weights of `task`, or of the image file `image` under it, into the new folder `out`; returns it.
+
+    `task_file` adds a task that was trained on top of the run.
 
     Raises ValueError for a request that the run or the format cannot meet, and where the written weights do not make a
     stock backbone answer as the live model does; nothing is left in `out` then.
@@ -70,7 +80,7 @@ def export(
         raise ValueError(f"--format {format!r}: allowed are {', '.join(FORMATS)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--out {out}: is there already and not empty")
-    live = _live(Path(run_dir), task, image, format)
+    live = _live(Path(run_dir), task, image, format, [task_file] if task_file else [])
     gc.collect()  # the live model hangs in cycles with its own hooks, and a second one is about to be loaded
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
@@ -85,8 +95,8 @@ def export(
     return folder
 
 
-def _live(run_dir: Path, task: str, image: str | Path | None, format: str) -> Live:
-    run = load(run_dir)
+def _live(run_dir: Path, task: str, image: str | Path | None, format: str, task_files: Sequence[str | Path]) -> Live:
+    run = load(run_dir, tasks=task_files)
     _check(run, run_dir, task, image, format)
     config, backbone, (batch, asked) = run.config, run.model.backbone, _questions(run, task, image)
     backbone.model.double()
@@ -131,6 +141,7 @@ def _facts(run: Predictor, run_dir: Path, task: str, image: str | Path | None) -
             "places": adapted,
         },
         "max_source_length": config.data.max_source_length,
+        "source_begins_with": source_start(task) if config.data.name_task else "",
     }
 
 
@@ -249,6 +260,7 @@ def _compare(live: Live, folder: Path, format: str) -> str:
 
 def _card(live: Live, run_dir: Path, format: str, said: str) -> str:
     task, image, backbone = live.config["task"], live.config["image"], live.config["backbone"]
+    begins = live.config["source_begins_with"]
     new = "answer" if backbone["is_encoder_decoder"] else "answer[:, tokens.input_ids.shape[1] :]"
     return f"""---
 library_name: {"peft" if format == "peft" else "transformers"}
@@ -266,7 +278,7 @@ Checked against the run when written: {said}.
 ```python
 {_USE[format].format(model_class=live.model_class.__name__, backbone=backbone["id"])}
 tokenizer = AutoTokenizer.from_pretrained("{backbone["id"]}")
-tokens = tokenizer(["..."], truncation=True, max_length={live.config["max_source_length"]}, return_tensors="pt")
+tokens = tokenizer(["{begins}..."], truncation=True, max_length={live.config["max_source_length"]}, return_tensors="pt")
 answer = model.generate(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, num_beams=1)
 print(tokenizer.batch_decode({new}, skip_special_tokens=True))
 ```

@@ -5,7 +5,15 @@ from __future__ import annotations
 from command import run
 
 
-def export(*, run_dir: str, task: str, out: str, image: str | None = None, format: str = "safetensors") -> None:
+def export(
+    *,
+    run_dir: str,
+    task: str,
+    out: str,
+    image: str | None = None,
+    format: str = "safetensors",
+    task_file: str | None = None,
+) -> None:
     """Write one task's weights, or one image's under it, for use without this package; print how exact they are.
 
     Examples:
@@ -18,11 +26,12 @@ def export(*, run_dir: str, task: str, out: str, image: str | None = None, forma
         task: one of the run's tasks
         out: a new folder, or an empty one
         image: an image file, for tasks that see images
+        task_file: a task that was trained on top of the run, as a file
         format: safetensors (with its own loader, every kind of module) or peft (runs of LoRA alone)
     """
     from hyperpelt_ds.export import export as write
 
-    write(run_dir, task, image, out=out, format=format)
+    write(run_dir, task, image, out=out, format=format, task_file=task_file)
 
 
 if __name__ == "__main__":

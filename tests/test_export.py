@@ -205,7 +205,7 @@ def test_a_run_without_its_data_is_checked_on_a_sentence(make_run, tmp_path):
 
 @pytest.fixture(scope="module")
 def written(make_run, red, tmp_path_factory) -> tuple[Any, Path]:
-    live = exports._live(make_run("bart", *whole("bart")), "easy_vqa", red, "safetensors")
+    live = exports._live(make_run("bart", *whole("bart")), "easy_vqa", red, "safetensors", [])
     folder = tmp_path_factory.mktemp("written")
     live.generation.save_pretrained(folder)
     exports._write_static(live, folder)

@@ -17,6 +17,7 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.export import export
 from hyperpelt_ds.model import load, weights_file
 from hyperpelt_ds.train import transfer
 
@@ -89,6 +90,15 @@ def test_a_task_ships_as_a_small_file_that_load_adds(runs, base, run):
     predictor = load(runs[base], tasks=[file])
     answers = predictor.generate([NEW, OLD[0], NEW], SOURCES)
     assert answers == load(runs[run]).generate([NEW, OLD[0], NEW], SOURCES)
+
+
+def test_a_task_that_came_as_a_file_can_be_exported(runs, tmp_path):
+    file = runs["embeddings"] / "tasks" / f"{NEW}.safetensors"
+    by_file = export(runs["base"], NEW, out=tmp_path / "file", task_file=file)
+    whole = export(runs["embeddings"], NEW, out=tmp_path / "whole")
+    exported = [load_file(folder / "weights.safetensors") for folder in (by_file, whole)]
+    assert exported[0].keys() == exported[1].keys()
+    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
 
 
 def test_a_task_file_is_refused_where_it_does_not_belong(runs, tmp_path):

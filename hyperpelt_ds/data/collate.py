@@ -84,7 +84,7 @@ class Collator:
     def _sources(self, samples: Sequence[Sample]) -> list[list[int]]:
         texts = [sample.source for sample in samples]
         if self.name_task:
-            texts = [f"{s.task.replace('_', ' ')}: {text}" for s, text in zip(samples, texts, strict=True)]
+            texts = [source_start(sample.task) + text for sample, text in zip(samples, texts, strict=True)]
         rows = self.tokenizer(texts, truncation=True, max_length=self.max_source_length)["input_ids"]
         # only a source that fills the limit can have been cut; slow tokenizers do not say, so these are made again
         full = [text for text, row in zip(texts, rows, strict=True) if len(row) == self.max_source_length]
@@ -120,6 +120,11 @@ class Collator:
         found = iter(rows)
         image_rows = [-1 if sample.image is None else next(found) for sample in samples]
         return torch.from_numpy(np.stack(grids)).float(), torch.tensor(image_rows)
+
+
+def source_start(task: str) -> str:
+    """What a source begins with where it names its task."""
+    return f"{task.replace('_', ' ')}: "
 
 
 def collator_for(config: Config, tasks: Sequence[str], tokenizer: Any) -> Collator:
