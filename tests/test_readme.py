@@ -33,6 +33,9 @@ def test_there_are_commands_to_try():
 @pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command[:5]))
 def test_a_command_of_the_readme_runs(command, run_python, finished_run, config, tmp_path):
     replaced = {"runs/demo": finished_run(2), "runs/mine": tmp_path / "run", "bench_step.jsonl": tmp_path / "out.jsonl"}
+    replaced |= {name: tmp_path / "out" / name for name in ("exported/sentiment", "answers")}
+    replaced["reviews.jsonl"] = tmp_path / "reviews.jsonl"
+    replaced["reviews.jsonl"].write_text('{"text": "a moving story"}\n')
     command = [str(replaced.get(word, word)) for word in command]
     if "launch/train.py" in command:
         own = [word for word in command if "=" in word]
