@@ -328,7 +328,8 @@ def load(run_dir: str | Path, device: str | torch.device = "cpu", tasks: Sequenc
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
         names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-        raise ValueError(f"{weights} does not fit {folder / 'config.json'}: {', '.join(names[:5])} differ")
+        differences = [f"{name} is {found.get(name, 'missing')} there, {expected.get(name, 'missing')} here" for name in names[:5]]
+        raise ValueError(f"{weights} does not fit {folder / 'config.json'}: {'; '.join(differences)}")
     model.load_state_dict(state, strict=False)  # a trained backbone's tied weights have names that are not in the file
     predictor = Predictor(config, model.to_device(torch.device(device)), identity["encoder"])
     for file in tasks:

@@ -277,3 +277,14 @@ def test_draws_without_spread_make_no_noise():
     with warnings.catch_warnings(action="error"):
         mean, _ = metrics.figures(rows, ["a", "b"])
     assert mean == (pytest.approx(1.0), 0.0, pytest.approx(1.0))
+
+
+@pytest.mark.parametrize(
+    "development, validation, test", [(1043, 521, 522), (408, 204, 204), (1500, 750, 750), (277, 138, 139)]
+)
+def test_development_sets_are_halved_as_in_the_paper(development, validation, test):
+    first, second = glue.halves(development)
+    assert (len(first), len(second)) == (validation, test)
+    assert sorted(first + second) == list(range(development))
+    assert glue.halves(development) == (first, second) != glue.halves(development, seed=1)
+    assert np.corrcoef(np.isin(range(development), first), range(development))[0, 1] ** 2 < 0.05  # in no order

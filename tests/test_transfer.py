@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import test_launch
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -22,6 +23,7 @@ from hyperpelt_ds.model import load, weights_file
 from hyperpelt_ds.train import transfer
 
 OLD, NEW = ("movie_sentiment", "easy_vqa", "shape_caption"), "movie_rating"
+call, script = test_launch.call, test_launch.script
 SAMPLE = Sample("1", NEW, "the film is very good", "good")
 SOURCES = ["the film is very good", "a dull moving story", "the is was bad"]
 
@@ -158,3 +160,42 @@ def test_what_does_not_fit_is_named(runs, config, tmp_path, backbone_folder):
     (changed / "identity.json").write_text(json.dumps({**identity, "backbone": "0" * 64}))
     with pytest.raises(ValueError, match=r"was trained on a backbone with fingerprint 000000000000, but .* the frozen"):
         transfer._check(changed, configuration.load(runs["base"] / "config.json"), started, model)
+
+
+@pytest.mark.slow
+def test_one_command_trains_shots_times_seeds_and_goes_on_where_it_stopped(runs, run_python, tmp_path):
+    few = ("--shots", "4,8", "--seeds", 2, "--train", "embeddings", "train.steps=2", "train.warmup_steps=0")
+    where = ("--run_dir", runs["base"], "--new_task", NEW, "--out", tmp_path / "few")
+    command = ("python", "launch/transfer.py", *where, "--ds_config", "ds_configs/zero2_cpu.json", *few)
+    done = run_python(*command, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    table = json.loads((tmp_path / "few/transfer.json").read_text())
+    assert [row["shots"] for row in table["rows"]] == [4, 8]
+    for row in table["rows"]:
+        own = [
+            json.loads((tmp_path / f"few/{row['shots']}_shots_seed_{seed}/results.json").read_text()) for seed in (0, 1)
+        ]
+        assert row["scores"] == [results["tasks"][NEW]["score"] for results in own]
+        assert row["mean"] == sum(row["scores"]) / 2
+        assert row["standard_error"] == pytest.approx(abs(row["scores"][0] - row["scores"][1]) / 2)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "few").rglob("results.json")}
+    again = run_python(*command)
+    assert again.returncode == 0 and {file: file.stat().st_mtime_ns for file in files} == files
+    assert "standard error" in again.stdout
+
+
+def test_transfer_refuses_what_it_cannot_count(call):
+    common = ("--run_dir", "r", "--new_task", NEW, "--out", "o", "--ds_config", "d")
+    for wrong in (("--shots", "many"), ("--shots", "0"), ("--seeds", "0")):
+        code, _, error = call(script("transfer").transfer, *common, *wrong)
+        assert code == 2 and "expected numbers above 0" in error
+    train = ("--ds_config", "d", "--run_dir", "r")
+    for wrong, said in (
+        ((), "give either --recipe or --init_from"),
+        (("--recipe", "demo", "--init_from", "x"), "give either --recipe or --init_from"),
+        (("--recipe", "demo", "--new_task", NEW), "--new_task, --like and --train need --init_from"),
+        (("--init_from", "nowhere", "--new_task", NEW), "--init_from nowhere: no run"),
+        (("--recipe", "demo", "--train", "some"), "--train some: allowed are all and embeddings"),
+    ):
+        code, _, error = call(script("train").train, *train, *wrong)
+        assert code == 2 and said in error
