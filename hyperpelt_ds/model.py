@@ -328,8 +328,9 @@ def load(run_dir: str | Path, device: str | torch.device = "cpu", tasks: Sequenc
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
         names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-        differences = [f"{name} is {found.get(name, 'missing')} there, {expected.get(name, 'missing')} here" for name in names[:5]]
-        raise ValueError(f"{weights} does not fit {folder / 'config.json'}: {'; '.join(differences)}")
+        pairs = ((name, found.get(name, "missing"), expected.get(name, "missing")) for name in names[:5])
+        differences = "; ".join(f"{name} is {there} there, {here} here" for name, there, here in pairs)
+        raise ValueError(f"{weights} does not fit {folder / 'config.json'}: {differences}")
     model.load_state_dict(state, strict=False)  # a trained backbone's tied weights have names that are not in the file
     predictor = Predictor(config, model.to_device(torch.device(device)), identity["encoder"])
     for file in tasks:
