@@ -87,9 +87,7 @@ def test_a_folder_that_is_no_run_or_whose_weights_do_not_fit_is_refused(finished
     save_file(
         {name: tensor for name, tensor in weights.items() if "norms" not in name}, folder / "best/weights.safetensors"
     )
-    said = (
-        r"weights\.safetensors does not fit .*config\.json: hypernet\.norms\.values is missing there, \(.*\) here"
-    )
+    said = r"weights\.safetensors does not fit .*config\.json: hypernet\.norms\.values is missing there, \(.*\) here"
     with pytest.raises(ValueError, match=said):
         hyperpelt_ds.load(folder)
 
