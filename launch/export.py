@@ -19,7 +19,7 @@ def export(
     Examples:
         python launch/export.py --run_dir runs/demo --task movie_sentiment --out exported/sentiment
         python launch/export.py --run_dir runs/demo --task easy_vqa --image shape.png --out exported/shape
-        python launch/export.py --run_dir runs/lora --task mnli --out exported/mnli --format peft
+        python launch/export.py --run_dir runs/lora_t5_base --task glue_mnli --out exported/mnli --format peft
 
     Args:
         run_dir: folder of a trained run; its best checkpoint is exported
