@@ -114,7 +114,7 @@ def _parts(model: HyperPELT) -> dict[str, int]:
     parts: dict[str, int] = {}
 
     def add(name: str, module: nn.Module | None) -> None:
-        size = _size(module) if module is not None else 0
+        size = sum(p.numel() for p in module.parameters() if p.requires_grad) if module is not None else 0
         if size:
             parts[name] = parts.get(name, 0) + size
 

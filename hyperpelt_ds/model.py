@@ -5,12 +5,14 @@ It knows no files but a finished run's folder (`load`), and nothing of optimisat
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -56,6 +58,7 @@ class HyperPELT(nn.Module):
         )
         self.tasks = tuple(tasks)
         self.label_smoothing = config.train.label_smoothing
+        self.sentence_encoder = config.hypernet.sentence_encoder
         self.backbone = backbone  # no nn.Module, so registration does not see its parameters
         self.trained_backbone = backbone.model if backbone.trainable else None
 
@@ -87,12 +90,13 @@ class HyperPELT(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Trainable parameters, and all: the backbone's (its norms counted once) and what is put beside it."""
-        trainable = sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters())  # ZeRO-3 empties p itself
+        sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in self.parameters()]  # ZeRO-3 empties p
+        trainable, registered = sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
         if self.backbone.trainable:
-            return {"trainable": trainable, "total": trainable}
+            return {"trainable": trainable, "total": registered}
         frozen = sum(parameter.numel() for parameter in self.backbone.model.parameters())
         norms = self.backbone.initial_norms.numel() if self.hypernet.norms is None else 0
-        return {"trainable": trainable, "total": frozen + norms + trainable}
+        return {"trainable": trainable, "total": frozen + norms + registered}
 
     def forward(self, batch: Batch) -> Output:
         """The loss of a batch: sum over samples of loss_weights x mean cross-entropy of the sample's target."""
@@ -171,8 +175,10 @@ def describe(config: Config, sentences: Sequence[str]) -> Tensor:
 class Predictor:
     """A trained run, ready to generate. `made_with` describes the encoder of the features that it was trained on."""
 
-    def __init__(self, config: Config, model: HyperPELT, made_with: dict[str, Any] | None = None):
+    def __init__(self, config: Config, model: HyperPELT, made_with: dict[str, Any] | None = None, backbone: str = ""):
         self.config, self.model, self.made_with = config, model.eval(), made_with
+        self.backbone = backbone
+        """The fingerprint of the frozen weights."""
         self.collator = collator_for(config, model.tasks, model.backbone.tokenizer)
         self._encoder: VisionEncoder | None = None
 
@@ -184,11 +190,14 @@ class Predictor:
         task, base, entries = task_file.read(file)
         self._check_new(task)
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        now = task_file.base_fingerprint(weights, self.model.per_task)
+        now = task_file.base_fingerprint(weights, self.model.per_task, beside(self.config, self.backbone))
         if base != now:
             raise ValueError(
                 f"task file {file} was trained beside weights with fingerprint {base[:12]}, this run has {now[:12]}"
             )
+        if "description" in self.model.hypernet.conditions:
+            source: Any = self.model.hypernet.conditions["description"]
+            source.extend(describe(self.config, [get(task).description]))
         self.model.add_task(task, entries)
         self.collator = collator_for(self.config, self.model.tasks, self.model.backbone.tokenizer)
         return task
@@ -332,10 +341,36 @@ def load(run_dir: str | Path, device: str | torch.device = "cpu", tasks: Sequenc
         differences = "; ".join(f"{name} is {there} there, {here} here" for name, there, here in pairs)
         raise ValueError(f"{weights} does not fit {folder / 'config.json'}: {differences}")
     model.load_state_dict(state, strict=False)  # a trained backbone's tied weights have names that are not in the file
-    predictor = Predictor(config, model.to_device(torch.device(device)), identity["encoder"])
+    _check_descriptions(folder, model, identity.get("descriptions"))
+    predictor = Predictor(config, model.to_device(torch.device(device)), identity["encoder"], identity["backbone"])
     for file in tasks:
         predictor.add_task(file)
     return predictor
+
+
+def beside(config: Config, backbone: str) -> str:
+    """What gives a task's own weights their meaning, but for the weights that it shares with others."""
+    hypernet = dataclasses.replace(config.hypernet, sentence_encoder=None, head_std=0.0)
+    parts = [dataclasses.asdict(config.modules), dataclasses.asdict(hypernet), config.data.name_task, backbone]
+    return json.dumps(parts, sort_keys=True)
+
+
+def description_sample(model: HyperPELT) -> list[float] | None:
+    """A few numbers by which another sentence encoder, or another description, is recognised; None without any."""
+    if "description" not in model.hypernet.conditions:
+        return None
+    source: Any = model.hypernet.conditions["description"]
+    sample: list[float] = source.vectors[:, :4].flatten().cpu().tolist()
+    return sample
+
+
+def _check_descriptions(folder: Path, model: HyperPELT, expected: list[float] | None) -> None:
+    now = description_sample(model)
+    if expected is not None and now is not None and not np.allclose(expected, now, atol=0.01):  # machines round apart
+        raise ValueError(
+            f"{folder} was trained with other vectors of its tasks' descriptions: the sentence encoder "
+            f"({model.sentence_encoder}) or the descriptions have changed"
+        )
 
 
 def identity_of(run_dir: Path) -> dict[str, Any]:

@@ -28,9 +28,10 @@ class TaskEntries(NamedTuple):
     entries: dict[str, Tensor]
 
 
-def base_fingerprint(weights: Mapping[str, Tensor], per_task: Mapping[str, int]) -> str:
-    """sha256 over names, shapes and bytes of all trained weights but those that have an entry for each task."""
-    digest = hashlib.sha256()
+def base_fingerprint(weights: Mapping[str, Tensor], per_task: Mapping[str, int], beside: str) -> str:
+    """sha256 over names, shapes and bytes of all trained weights but those that have an entry for each task, and over
+    `beside`: in words, what else the entries mean something in (the frozen backbone, the kinds of modules)."""
+    digest = hashlib.sha256(beside.encode())
     for name, tensor in sorted(weights.items()):
         if name not in per_task:
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -43,9 +44,11 @@ def entries_of(weights: Mapping[str, Tensor], per_task: Mapping[str, int], row: 
     return {name: weights[name].narrow(dim, row, 1).contiguous() for name, dim in per_task.items()}
 
 
-def write(path: Path, task: str, weights: Mapping[str, Tensor], per_task: Mapping[str, int], row: int) -> None:
-    """Writes the file of task number `row` of a run with the trained `weights`."""
-    about = {"format": FORMAT, "task": task, "base": base_fingerprint(weights, per_task)}
+def write(
+    path: Path, task: str, weights: Mapping[str, Tensor], per_task: Mapping[str, int], row: int, beside: str
+) -> None:
+    """Writes the file of task number `row` of a run with the trained `weights`; `beside` as in `base_fingerprint`."""
+    about = {"format": FORMAT, "task": task, "base": base_fingerprint(weights, per_task, beside)}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(entries_of(weights, per_task, row), path, about)
 

@@ -50,6 +50,14 @@ def transfer(
     counts = [part for part in shots.split(",") if part]
     if not counts or not all(count.isdigit() and int(count) for count in counts) or seeds < 1:
         raise ValueError(f"--shots {shots} --seeds {seeds}: expected numbers above 0, as in --shots 16,64 --seeds 3")
+    request: dict[str, object] = {"run_dir": run_dir, "task": new_task, "train": train, "like": like, "split": split}
+    request |= {"ds_config": ds_config, "overrides": list(overrides)}
+    asked = Path(out, "request.json")
+    before = json.loads(asked.read_text()) if asked.is_file() else request
+    if before != request:
+        raise ValueError(f"--out {out} holds runs of another request: {before}, now {request}; give another folder")
+    asked.parent.mkdir(parents=True, exist_ok=True)
+    asked.write_text(json.dumps(request, indent=1) + "\n")
     here, rows = Path(__file__).resolve().parent, []
     for count in counts:
         scores = []
@@ -66,8 +74,7 @@ def transfer(
             scores.append(json.loads((cell / "results.json").read_text())["tasks"][new_task]["score"])
         mean, error = statistics.mean(scores), statistics.stdev(scores) / seeds**0.5 if seeds > 1 else float("nan")
         rows.append({"shots": int(count), "mean": mean, "standard_error": error, "scores": scores})
-    about = {"run_dir": run_dir, "task": new_task, "train": train, "split": split, "overrides": list(overrides)}
-    Path(out, "transfer.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    Path(out, "transfer.json").write_text(json.dumps({**request, "rows": rows}, indent=1) + "\n")
     print(f"{new_task}, {train} trained, {seeds} seeds, {split} split")
     for row in rows:
         print(f"{row['shots']:6} shots  {row['mean']:.3f} +- {row['standard_error']:.3f} (standard error)")

@@ -100,7 +100,8 @@ def test_only_weights_of_linear_maps_decay_and_every_trainable_is_in_exactly_one
     assert not names
     modules = dict(network.named_modules())
     assert all(isinstance(modules[name.removesuffix(".weight")], nn.Linear) for name in decayed)
-    embedding_norm_scale = {"tasks.table.weight", "norms.values", "task_branch.adapter.scale"}
+    scale = "controllers.task.0.heads.adapter.scale.values"
+    embedding_norm_scale = {"conditions.task.embedding.table.weight", "norms.values", scale}
     assert embedding_norm_scale < set(kept)
     assert any(name.endswith(".bias") for name in kept)
 

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from untrained import save_samples, untrained_run
 
-from hyperpelt_ds import tasks
+from hyperpelt_ds import task_file, tasks
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data import shards
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.data.shards import Manifest
-from hyperpelt_ds.model import load
+from hyperpelt_ds.model import beside, description_sample, load
 from hyperpelt_ds.tasks import glue, metrics
 from hyperpelt_ds.train import evaluate
 from hyperpelt_ds.train.answering import answers, asker, split_samples
@@ -319,3 +319,46 @@ def _logits(run, samples, manifest) -> torch.Tensor:
         return run.model.backbone.forward(
             run.model.hypernet(batch), batch.input_ids, batch.attention_mask, batch.labels
         )
+
+
+def test_data_without_training_samples_is_scored_without_priors(run_dir, settings, tmp_path):
+    own = {"test": _samples("test", 12)["glue_rte"]}
+    manifest = save_samples(tmp_path / "data", {"glue_rte": own})
+    results = evaluate.evaluate(run_dir, out=tmp_path / "r.json", shuffle=[], manifest_path=manifest)
+    assert list(results["tasks"]) == ["glue_rte"]  # of the run's tasks, those that the data has
+    row = results["tasks"]["glue_rte"]
+    assert row["n"] == 12 and row["baseline"] is None and row["bag_of_words"] is None
+    assert "glue_rte" in evaluate.table(results)
+
+
+def test_features_of_another_encoder_are_refused_wherever_they_come_from(run_dir, settings, tmp_path):
+    manifest = Path(shutil.copytree(Path(settings.data.manifest).parent, tmp_path / "data")) / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    tree["features"]["encoder"]["sha256"] = "another"
+    manifest.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"holds features of .*another.*, .* was trained on"):
+        evaluate.evaluate(run_dir, out=tmp_path / "r.json", manifest_path=manifest)
+
+
+def test_a_run_whose_tasks_are_described_otherwise_now_is_refused(described, tmp_path):
+    changed = Path(shutil.copytree(described, tmp_path / "run"))
+    identity = json.loads((changed / "identity.json").read_text())
+    sample = description_sample(load(described).model)
+    (changed / "identity.json").write_text(json.dumps({**identity, "descriptions": sample}))
+    load(changed)
+    (changed / "identity.json").write_text(json.dumps({**identity, "descriptions": [x + 0.5 for x in sample]}))
+    with pytest.raises(ValueError, match="was trained with other vectors of its tasks' descriptions"):
+        load(changed)
+
+
+def test_a_task_file_fits_a_run_with_embeddings_and_descriptions(settings, sentence_encoder, tmp_path):
+    both = [f"hypernet.sentence_encoder={sentence_encoder}", "hypernet.conditions=task,description"]
+    folder = untrained_run(tmp_path / "run", settings.override([*both, "data.tasks=movie_sentiment,easy_vqa"]))
+    run = load(folder)
+    weights = {name: parameter.detach() for name, parameter in run.model.named_parameters()}
+    where = beside(run.config, run.backbone)
+    task_file.write(tmp_path / "t.safetensors", "glue_rte", weights, run.model.per_task, 0, where)
+    more = load(folder, tasks=[tmp_path / "t.safetensors"])
+    assert more.model.tasks == ("movie_sentiment", "easy_vqa", "glue_rte")
+    asked = ["glue_rte", "movie_sentiment"], ["the film", "the film"]
+    assert more.generate(*asked)[1] == run.generate("movie_sentiment", ["the film"])[0]

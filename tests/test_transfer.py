@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import test_launch
 import torch
+from conftest import free_port
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from hyperpelt_ds import config as configuration
-from hyperpelt_ds.config import Config
+from hyperpelt_ds.config import Config, TransferConfig
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.shards import Manifest
 from hyperpelt_ds.export import export
-from hyperpelt_ds.model import load, weights_file
-from hyperpelt_ds.train import transfer
+from hyperpelt_ds.model import beside, load, weights_file
+from hyperpelt_ds.train import engine, transfer
 
 OLD, NEW = ("movie_sentiment", "easy_vqa", "shape_caption"), "movie_rating"
 call, script = test_launch.call, test_launch.script
@@ -199,3 +200,63 @@ def test_transfer_refuses_what_it_cannot_count(call):
     ):
         code, _, error = call(script("train").train, *train, *wrong)
         assert code == 2 and said in error
+
+
+def test_a_resumed_transfer_needs_its_base_no_more(runs, call, run_python, tmp_path):
+    own, gone = tmp_path / "own", tmp_path / "gone"
+    shutil.copytree(runs["embeddings"], own)
+    tree = configuration.to_dict(configuration.load(own / "config.json"))
+    tree["transfer"]["init_from"] = str(gone)
+    (own / "config.json").write_text(json.dumps(tree))
+    decided = (own / "transfer.json").read_text()
+    common = ("--ds_config", "ds_configs/zero2_cpu.json", "--run_dir", own, "--resume", "--init_from", gone)
+    launcher = ("deepspeed", "--master_port", free_port(), "--num_accelerators", 2, "launch/train.py")
+    done = run_python(*launcher, *common, "--new_task", NEW, "--train", "embeddings")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "resuming from" in done.stdout and (own / "transfer.json").read_text() == decided
+    code, _, error = call(script("train").train, *common, "--new_task", "easy_vqa")
+    assert code == 2 and f"--new_task easy_vqa: {own} was started with {NEW}" in error
+
+
+def test_cells_of_another_request_are_not_taken_for_this_ones(call, tmp_path):
+    (tmp_path / "request.json").write_text(json.dumps({"train": "all"}))
+    given = ("--run_dir", "r", "--new_task", NEW, "--out", tmp_path, "--ds_config", "d")
+    code, _, error = call(script("transfer").transfer, *given)
+    assert code == 2 and "holds runs of another request: {'train': 'all'}, now {" in error
+
+
+@pytest.mark.parametrize(
+    "changed", ["modules.lora_alpha=1.0", "modules.adapter_placement=sequential", "data.name_task=true"]
+)
+def test_a_task_file_knows_what_it_was_trained_beside(config, changed):
+    assert beside(config, "a") == beside(config.override(["train.steps=3", "hypernet.head_std=0.5"]), "a")
+    assert beside(config, "a") != beside(config.override([changed]), "a")
+    assert beside(config, "a") != beside(config, "b")
+
+
+def test_only_what_is_trained_is_counted_as_trainable(runs):
+    run = load(runs["embeddings"])
+    everything = run.model.parameter_counts()
+    transfer.freeze(run.model, configuration.load(runs["embeddings"] / "config.json"))
+    left = run.model.parameter_counts()
+    assert left["total"] == everything["total"]
+    assert left["trainable"] == run.model.hypernet.conditions["task"].embedding.table.weight.numel()
+
+
+def test_rounding_by_the_engine_is_refused_where_other_tasks_must_not_change(runs, tmp_path):
+    json_file = tmp_path / "bf16.json"
+    json_file.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
+    only = transfer.from_run(runs["base"], [NEW], None, "embeddings")
+    with pytest.raises(ValueError, match=r"bf16 rounds frozen weights too.*; use torch_autocast"):
+        engine.merge(json_file, only, 1)
+    assert engine.merge(json_file, dataclasses.replace(only, transfer=TransferConfig()), 1)["bf16"]["enabled"]
+
+
+def test_transfer_flags_that_need_a_new_task_say_so(runs):
+    for like, train in (("movie_sentiment", "all"), (None, "embeddings")):
+        with pytest.raises(ValueError, match="--like and --train embeddings need --new_task"):
+            transfer.from_run(runs["base"], [], like, train)
+    base = configuration.load(runs["base"] / "config.json")
+    other = base.override(["model.train_backbone=true"])
+    with pytest.raises(ValueError, match=r"has model.train_backbone False, this run has True"):
+        transfer._check(runs["base"], base, other, load(runs["base"]).model)

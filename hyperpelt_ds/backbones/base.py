@@ -103,6 +103,8 @@ class Backbone:
         for target in wanted.lora_targets if "lora" in kinds else ():
             if target not in linears:
                 raise ValueError(f"modules.lora_targets: a {model_type} model has no {target!r} here")
+            if len({(linear.in_features, linear.out_features) for _, linear in linears[target]}) > 1:
+                raise ValueError(f"modules.lora_targets: {target!r} maps of this model differ in size between blocks")
         return Geometry(
             prefix_sites=tuple(prefix_sites),
             adapter_sites=tuple(adapter_sites),

@@ -72,3 +72,13 @@ def known_tasks(names: Sequence[str] | None, tasks_of_run: Sequence[str], run_di
             near = difflib.get_close_matches(name, tasks_of_run, 3, 0.4) or tasks_of_run
             raise ValueError(f"task {name!r} is not one of {run_dir}; did you mean {', '.join(near)}?")
     return names or tasks_of_run
+
+
+def load_manifest(path: str | Path, run: Predictor, run_dir: str | Path) -> Manifest:
+    """The manifest; ValueError if its image features are not of the encoder that the run was trained with."""
+    manifest = Manifest.load(path)
+    if run.config.vision.encoder and manifest.features and run.made_with not in (None, manifest.features.encoder):
+        raise ValueError(
+            f"{path} holds features of {manifest.features.encoder}, {run_dir} was trained on {run.made_with}"
+        )
+    return manifest

@@ -59,6 +59,7 @@ _FREE_TO_CHANGE = [
     "eval.batch_size",
     "eval.samples_per_task",
     "eval.num_beams",
+    "transfer.init_from",
 ]
 
 log = logging.getLogger(__name__)

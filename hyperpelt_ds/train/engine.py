@@ -134,6 +134,12 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
             f"{path}: ZeRO stage 3 cannot train the backbone (model.train_backbone): it gathers weights when "
             f"a rank needs them, and ranks decode answers of different lengths in validation; use stage 0, 1 or 2"
         )
+    halved = [name for name in ("bf16", "fp16") if tree.get(name, {}).get("enabled")]
+    if halved and config.transfer.train == "embeddings":
+        raise ValueError(
+            f"{path}: {halved[0]} rounds frozen weights too, so that tasks that are not trained would change "
+            f"(transfer.train='embeddings'); use torch_autocast instead"
+        )
     for name in _autos(tree):
         raise ValueError(f'{path}: {name} is "auto", but the recipe has no value for it; give one')
     return {**_DEFAULTS, **tree}

@@ -24,7 +24,7 @@ from hyperpelt_ds.data.shards import MANIFEST, Manifest
 from hyperpelt_ds.model import HyperPELT, identity_of, load
 from hyperpelt_ds.tasks import Task, baselines, glue, metrics
 from hyperpelt_ds.train import engine
-from hyperpelt_ds.train.answering import answers, asker, generate, known_tasks, split_samples
+from hyperpelt_ds.train.answering import answers, asker, generate, known_tasks, load_manifest, split_samples
 from hyperpelt_ds.train.controls import CONTROLS, DEFAULT
 
 log = dist.logger(__name__)
@@ -98,8 +98,13 @@ def evaluate(
     for name in names or ():
         if run.is_described and name not in run.model.tasks and name in tasks.TASKS:
             run.describe_task(name, tasks.get(name).description)
+    manifest = load_manifest(manifest_path or config.data.manifest, run, run_dir)
+    if names is None:
+        names = [name for name in run.model.tasks if name in manifest.tasks]
+        left_out = [name for name in run.model.tasks if name not in names]
+        if left_out:
+            log.info("not scored, since %s does not hold them: %s", manifest.folder, ", ".join(left_out))
     names = known_tasks(names, run.model.tasks, run_dir)
-    manifest = Manifest.load(manifest_path or config.data.manifest)
     if manifest_path is None and manifest.digest != identity_of(Path(run_dir))["manifest"]:
         raise ValueError(
             f"{run_dir} was trained on other data than {config.data.manifest} now holds: splits may differ"
@@ -181,10 +186,10 @@ def _trained(run_dir: Path) -> float:
 def _row(task: Task, samples: Sequence[Sample], texts: Sequence[str], train: Sequence[Sample]) -> dict[str, Any]:
     """One task of results.json: its score, each metric, what needs no model, and its groups."""
     asked = [sample.source for sample in samples]
-    priors = (baselines.majority, baselines.source_prior)
+    priors = (baselines.majority, baselines.source_prior) if train else ()
     guesses = [_measured(task, prior(*_texts(train), asked), samples) for prior in priors]
-    prior = max(guesses, key=lambda rows: _mean(metrics.totals(rows)))
-    labels_from_text = task.modality == "text" and (task.labels or "exact_match" in task.metrics)
+    prior = max(guesses, key=lambda rows: _mean(metrics.totals(rows)), default=None)
+    labels_from_text = train and task.modality == "text" and (task.labels or "exact_match" in task.metrics)
     words = baselines.bag_of_words(*_texts(_some(train, WORDS_SAMPLES)), asked) if labels_from_text else None
     own = metrics.measure(task, texts, samples)
 
@@ -194,7 +199,7 @@ def _row(task: Task, samples: Sequence[Sample], texts: Sequence[str], train: Seq
         return {
             "metrics": {metric: figure._asdict() for metric, figure in each.items()},
             **mean._asdict(),
-            "baseline": _mean(metrics.totals({metric: rows[here] for metric, rows in prior.items()})),
+            "baseline": _mean(metrics.totals({m: rows[here] for m, rows in prior.items()})) if prior else None,
             "n": len(here),
         }
 

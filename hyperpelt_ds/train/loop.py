@@ -27,7 +27,7 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.data.loader import TrainStream, check_samples
 from hyperpelt_ds.data.shards import Manifest
-from hyperpelt_ds.model import IDENTITY, HyperPELT, build
+from hyperpelt_ds.model import IDENTITY, HyperPELT, build, description_sample, identity_of
 from hyperpelt_ds.train import checkpoint, engine, evaluate, transfer
 from hyperpelt_ds.train.checkpoint import Progress
 from hyperpelt_ds.train.engine import Engine
@@ -73,7 +73,10 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
     backbone = model.backbone.fingerprint()
     dist.agree("the frozen backbone", backbone)
     _check_samples(manifest, config, model)
-    decided = transfer.start(model, config, manifest) if config.transfer.init_from else None
+    decided = None
+    if config.transfer.init_from and checkpoint.newest(folder) is None:
+        decided = transfer.start(model, config, manifest)
+    transfer.freeze(model, config)
     wrapped = engine.start(model, config, ds_config)
     _seed(config.train.seed)
     saved = _resume(folder, wrapped, config, backbone)
@@ -90,14 +93,19 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         configuration.save(config, folder / "config.json")
-        identity = {"backbone": backbone, "manifest": manifest.digest, "encoder": _encoder(manifest)}
+        identity = {
+            "backbone": backbone,
+            "manifest": manifest.digest,
+            "encoder": _encoder(manifest, folder, config),
+            "descriptions": description_sample(model),
+        }
         (folder / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
         if decided is not None:
             transfer.write_decisions(folder, decided)
         (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
     _steps(Run(config, folder, manifest, model, wrapped, stream, backbone), progress)
     if config.transfer.train == "embeddings" and dist.rank() == 0:
-        for file in transfer.write_task_files(folder, model, config.trained_tasks):
+        for file in transfer.write_task_files(folder, model, config):
             log.info("%s: %d bytes, to be added to %s", file, file.stat().st_size, config.transfer.init_from)
     return model
 
@@ -116,12 +124,15 @@ def resolve(config: Config, manifest: Manifest) -> Config:
             raise ValueError(f"task {name!r} needs images, but vision.encoder is not set")
     if not any(manifest.count(name, VALIDATION) for name in trained):
         raise ValueError(f"no task of the run has samples in the {VALIDATION} split of {config.data.manifest}")
-    data, model, vision = config.data, config.model, config.vision
+    data, model, vision, hypernet = config.data, config.model, config.vision, config.hypernet
     return dataclasses.replace(  # local paths in full, so that the run can be loaded from anywhere
         config,
         data=dataclasses.replace(data, tasks=names, manifest=_absolute(data.manifest)),
         model=dataclasses.replace(model, backbone=_absolute(model.backbone)),
         vision=dataclasses.replace(vision, weights=vision.weights and _absolute(vision.weights)),
+        hypernet=dataclasses.replace(
+            hypernet, sentence_encoder=hypernet.sentence_encoder and _absolute(hypernet.sentence_encoder)
+        ),
     )
 
 
@@ -130,8 +141,13 @@ def _absolute(place: str) -> str:
     return str(Path(place).resolve()) if Path(place).exists() else place
 
 
-def _encoder(manifest: Manifest) -> dict[str, object] | None:
-    return manifest.features.encoder if manifest.features else None
+def _encoder(manifest: Manifest, folder: Path, config: Config) -> dict[str, object] | None:
+    """What made the features that the run's weights know: its own data's, or else those of the run it started from."""
+    if manifest.features:
+        return manifest.features.encoder
+    if (folder / IDENTITY).is_file():
+        return identity_of(folder)["encoder"]
+    return identity_of(Path(config.transfer.init_from))["encoder"] if config.transfer.init_from else None
 
 
 def _resume(folder: Path, wrapped: Engine, config: Config, backbone: str) -> Progress | None:

@@ -16,10 +16,10 @@ from hyperpelt_ds import dist
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.data.shards import Manifest
-from hyperpelt_ds.model import Predictor, identity_of, load
+from hyperpelt_ds.model import Predictor, load
 from hyperpelt_ds.tasks import needs_image
 from hyperpelt_ds.train import engine
-from hyperpelt_ds.train.answering import Ask, answers, asker, known_tasks, split_samples
+from hyperpelt_ds.train.answering import Ask, answers, asker, known_tasks, load_manifest, split_samples
 from hyperpelt_ds.train.submissions import FORMATS
 
 log = dist.logger(__name__)
@@ -49,7 +49,7 @@ def predict(
     if source.suffix == ".jsonl":
         samples, ask = read_lines(source, run, task), _ask_with_images(run)
     else:
-        manifest = _manifest(source, run, run_dir)
+        manifest = load_manifest(source, run, run_dir)
         samples, ask = _stored(manifest, names, split), asker(run, Reader(manifest))
     FORMATS[form].check(samples)
     before = run.collator.truncated
@@ -134,15 +134,6 @@ def _ask_with_images(run: Predictor) -> Ask:
         return run.generate(names, texts, [sample.image for sample in samples], num_beams=run.config.eval.num_beams)
 
     return ask
-
-
-def _manifest(path: Path, run: Predictor, run_dir: str | Path) -> Manifest:
-    """The manifest; ValueError if its image features are not of the encoder that the run was trained with."""
-    manifest = Manifest.load(path)
-    trained = identity_of(Path(run_dir))["encoder"]
-    if run.config.vision.encoder and manifest.features and manifest.features.encoder != trained:
-        raise ValueError(f"{path} holds features of {manifest.features.encoder}, {run_dir} was trained on {trained}")
-    return manifest
 
 
 def _stored(manifest: Manifest, names: Sequence[str], split: str) -> list[Sample]:

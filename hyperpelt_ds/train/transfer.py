@@ -23,7 +23,7 @@ from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.data.shards import Manifest
-from hyperpelt_ds.model import HyperPELT, identity_of, weights_file
+from hyperpelt_ds.model import HyperPELT, beside, identity_of, weights_file
 
 SAMPLES = 64
 """At most so many training samples of a new task are answered to find the task that is most like it."""
@@ -37,6 +37,8 @@ def from_run(run: str | Path, new_tasks: Sequence[str], like: str | None, train:
     `like` names the task to start from. Mixture weights do not carry over. Raises ValueError for a folder that is no
     run, a task that the run already has and a `like` that it does not have.
     """
+    if not new_tasks and (like or train == "embeddings"):
+        raise ValueError("--like and --train embeddings need --new_task")
     folder = Path(run).resolve()
     if not (folder / "config.json").is_file():
         raise ValueError(f"--init_from {run}: no run, it has no config.json")
@@ -61,13 +63,18 @@ def from_run(run: str | Path, new_tasks: Sequence[str], like: str | None, train:
 
 
 def start(model: HyperPELT, config: Config, manifest: Manifest) -> dict[str, Any]:
-    """Fills the model from config.transfer.init_from, and freezes what is not to be trained; what was decided.
+    """Fills the model from config.transfer.init_from; what every new task was started from, and why.
 
     Every rank calls it and decides the same. Raises ValueError showing both sides where the other run does not fit.
     """
     folder = Path(config.transfer.init_from)
     base = configuration.load(folder / "config.json")
     _check(folder, base, config, model)
+    made_with = identity_of(folder)["encoder"]
+    if config.vision.encoder and manifest.features and made_with not in (None, manifest.features.encoder):
+        raise ValueError(
+            f"{config.data.manifest} holds features of {manifest.features.encoder}, {folder} was trained on {made_with}"
+        )
     state, per_task = load_file(weights_file(folder)), model.per_task
     _fill(model, state, base.data.tasks)
     new = [name for name in config.data.tasks if name not in base.data.tasks]
@@ -83,29 +90,38 @@ def start(model: HyperPELT, config: Config, manifest: Manifest) -> dict[str, Any
         _copy_entry(model, model.tasks.index(source), model.tasks.index(name))
         log.info("task %s starts from %s %s", name, source, {task: round(loss, 4) for task, loss in losses.items()})
         decided[name] = {"from": source, "losses": losses}
-    if config.transfer.train == "embeddings":
-        if not per_task:
-            raise ValueError(
-                "transfer.train='embeddings': nothing belongs to one task alone; the run needs 'task' in "
-                "hypernet.conditions, or hypernet.parameters='task'"
-            )
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in per_task)
     return decided
 
 
-def write_task_files(run_dir: Path, model: HyperPELT, names: Sequence[str]) -> list[Path]:
-    """run_dir/tasks/NAME.safetensors of every task named, from the run's best weights."""
-    weights = load_file(weights_file(run_dir))
+def freeze(model: HyperPELT, config: Config) -> None:
+    """Leaves only what config.transfer.train says to be trained; ValueError if that is nothing."""
+    if config.transfer.train == "all":
+        return
+    if not model.per_task:
+        raise ValueError(
+            "transfer.train='embeddings': nothing belongs to one task alone; the run needs 'task' in "
+            "hypernet.conditions, or hypernet.parameters='task'"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in model.per_task)
+
+
+def write_task_files(run_dir: Path, model: HyperPELT, config: Config) -> list[Path]:
+    """run_dir/tasks/NAME.safetensors of every trained task, from the run's best weights."""
+    weights, where = load_file(weights_file(run_dir)), beside(config, identity_of(run_dir)["backbone"])
     files = []
-    for name in names:
+    for name in config.trained_tasks:
         path = run_dir / "tasks" / f"{name}.safetensors"
-        task_file.write(path, name, weights, model.per_task, model.tasks.index(name))
+        task_file.write(path, name, weights, model.per_task, model.tasks.index(name), where)
         files.append(path)
     return files
 
 
 def _check(folder: Path, base: Config, config: Config, model: HyperPELT) -> None:
+    for name in ("dtype", "train_backbone"):
+        was, is_now = getattr(base.model, name), getattr(config.model, name)
+        if was != is_now:
+            raise ValueError(f"transfer.init_from: {folder} has model.{name} {was!r}, this run has {is_now!r}")
     identity = identity_of(folder)
     now = model.backbone.fingerprint()
     if identity["backbone"] != now:
