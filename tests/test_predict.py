@@ -82,6 +82,7 @@ def test_a_split_of_a_manifest_is_answered_from_its_stored_features(call, run_di
     assert read(tmp_path / "predictions.jsonl") == [answer for answer in found if answer["task"] == "easy_vqa"]
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_does(run_python, run_dir, lines, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     predict.predict(run_dir, lines, one, "jsonl")

@@ -30,7 +30,13 @@ def test_there_are_commands_to_try():
     assert blocks("python")
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command[:5]))
+def by_length() -> list:
+    """Every command; those that take longest, a training and a benchmark, in `make test-all`."""
+    long = ("launch/train.py", "launch/bench_step.py")
+    return [pytest.param(c, marks=pytest.mark.slow if set(long) & set(c) else ()) for c in commands()]
+
+
+@pytest.mark.parametrize("command", by_length(), ids=lambda command: " ".join(command[:5]))
 def test_a_command_of_the_readme_runs(command, run_python, finished_run, config, tmp_path):
     replaced = {"runs/demo": finished_run(2), "runs/mine": tmp_path / "run", "bench_step.jsonl": tmp_path / "out.jsonl"}
     replaced |= {name: tmp_path / "out" / name for name in ("exported/sentiment", "answers")}

@@ -202,6 +202,7 @@ def test_transfer_refuses_what_it_cannot_count(call):
         assert code == 2 and said in error
 
 
+@pytest.mark.slow
 def test_a_resumed_transfer_needs_its_base_no_more(runs, call, run_python, tmp_path):
     own, gone = tmp_path / "own", tmp_path / "gone"
     shutil.copytree(runs["embeddings"], own)
