@@ -42,9 +42,6 @@ def train(
         resume: continue from the newest valid checkpoint in run_dir, or start if there is none
         local_rank: set by the DeepSpeed launcher
     """
-    from pathlib import Path
-
-    from hyperpelt_ds import config as configuration
     from hyperpelt_ds import recipes
     from hyperpelt_ds.train import loop, transfer
 
@@ -52,14 +49,9 @@ def train(
         raise ValueError("give either --recipe or --init_from")
     if train not in ("all", "embeddings"):
         raise ValueError(f"--train {train}: allowed are all and embeddings")
-    own = Path(run_dir) / "config.json"
-    if init_from is not None and resume and own.is_file():  # the run it started from may be gone by now
-        config = configuration.load(own)
-        if list(config.data.train_tasks) != [name for name in (new_task or "").split(",") if name]:
-            raise ValueError(f"--new_task {new_task}: {run_dir} was started with {', '.join(config.data.train_tasks)}")
-    elif init_from is not None:
+    if init_from is not None:
         names = [name for name in (new_task or "").split(",") if name]
-        config = transfer.from_run(init_from, names, like, train)
+        config = transfer.requested(init_from, names, like, train, run_dir, resume)
     else:
         assert recipe is not None
         if new_task or like or train != "all":

@@ -12,8 +12,8 @@ import pytest
 from hyperpelt_ds import tasks
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.tasks import glue, metrics
-from hyperpelt_ds.tasks.answers import normalise_answer, vqa_accuracy
 from hyperpelt_ds.tasks.task import Task
+from hyperpelt_ds.tasks.vqa_accuracy import normalise_answer, vqa_accuracy
 
 
 def samples(task: str, targets: list[str], references: list[tuple[str, ...]] | None = None) -> list[Sample]:

@@ -1,7 +1,7 @@
 """A frozen language model with places for generated weights.
 
-With `attention.py` this is the only code that touches transformers' modules. It does not know where weights come
-from, what a task is, or how training works; a family's file tells it where things are.
+With `hooks.py` and `attention.py` this is the only code that touches transformers' modules. It does not know where
+weights come from, what a task is, or how training works; a family's file tells it where things are.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hyperpelt_ds.backbones import attention, bart, llama, t5
-from hyperpelt_ds.backbones.family import Family, Sublayer
+from hyperpelt_ds.backbones import attention, bart, hooks, llama, t5
+from hyperpelt_ds.backbones.family import Family
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import ModelConfig, ModulesConfig
-from hyperpelt_ds.contracts import Block, Branch, Geometry, Projection, Site, Weights
-from hyperpelt_ds.kernels import adapter, low_rank
+from hyperpelt_ds.contracts import Branch, Weights
 
 FAMILIES = (bart.FAMILY, llama.FAMILY, t5.FAMILY)
 
@@ -53,7 +52,7 @@ class Backbone:
         model.eval()
         model.generation_config = _plain_generation(model.config, tokenizer)
         model.set_attn_implementation(attention.NAME)
-        self.geometry = self._attach(list(self._family.sublayers(model)))
+        self.geometry = hooks.attach(model, self._family, self.modules, self.slot)
         self._places: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_places)
         positions = self._family.positions(model)
@@ -70,52 +69,6 @@ class Backbone:
             delattr(module, name)  # a Parameter cannot be replaced by the bank's tensor; a plain attribute can
         self._set_norms(None)
         self.geometry = dataclasses.replace(self.geometry, norms=len(self._norms))
-
-    def _attach(self, sublayers: list[Sublayer]) -> Geometry:
-        """Puts the hooks of every kind of module in its places; where these are."""
-        wanted, kinds = self.modules, self.modules.kinds
-        prefix_sites: list[Site] = []
-        adapter_sites: list[Site] = []
-        linears: dict[str, list[tuple[Site, nn.Linear]]] = {}
-        for sublayer in sublayers:
-            name = sublayer.site.block.name.lower()
-            if sublayer.attention is not None:
-                has_prefix = "prefix" in kinds and name in wanted.prefix_blocks
-                place = len(prefix_sites) if has_prefix else None
-                attention.attach(sublayer.attention, self.slot, place, sublayer.site.block == Block.ENCODER_SELF)
-                prefix_sites += [sublayer.site] if has_prefix else []
-            for target in wanted.lora_targets if "lora" in kinds else ():
-                if target in sublayer.linears:
-                    own = linears.setdefault(target, [])
-                    number = wanted.lora_targets.index(target)
-                    _attach_low_rank(sublayer.linears[target], self.slot, number, len(own))
-                    own.append((sublayer.site, sublayer.linears[target]))
-            if "adapter" in kinds and name in wanted.adapter_blocks:  # after the deltas: it reads what they changed
-                _attach_adapter(sublayer, self.slot, len(adapter_sites), wanted)
-                adapter_sites.append(sublayer.site)
-        model_type = self.model.config.model_type
-        for kind, name, found in (
-            ("prefix", "prefix_blocks", prefix_sites),
-            ("adapter", "adapter_blocks", adapter_sites),
-        ):
-            if kind in kinds and not found:
-                raise ValueError(f"modules.{name}: a {model_type} model has no {', '.join(getattr(wanted, name))}")
-        for target in wanted.lora_targets if "lora" in kinds else ():
-            if target not in linears:
-                raise ValueError(f"modules.lora_targets: a {model_type} model has no {target!r} here")
-            if len({(linear.in_features, linear.out_features) for _, linear in linears[target]}) > 1:
-                raise ValueError(f"modules.lora_targets: {target!r} maps of this model differ in size between blocks")
-        return Geometry(
-            prefix_sites=tuple(prefix_sites),
-            adapter_sites=tuple(adapter_sites),
-            projections=tuple(
-                Projection(target, tuple(site for site, _ in own), own[0][1].in_features, own[0][1].out_features)
-                for target, own in ((target, linears[target]) for target in wanted.lora_targets if target in linears)
-            ),
-            prefix_size=self._family.prefix_size(self.model),
-            model_size=self.model.config.hidden_size,
-            norms=0,
-        )
 
     @property
     def positions(self) -> int | None:
@@ -324,31 +277,3 @@ def _cast(part: Any, dtype: torch.dtype) -> Any:
         return part if part is None else part.to(dtype)
     parts = [_cast(item, dtype) for item in part]
     return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
-
-
-def _attach_adapter(sublayer: Sublayer, slot: Slot, place: int, modules: ModulesConfig) -> None:
-    """Adds the adapters of adapter site number `place` beside the block (parallel), or after it (sequential)."""
-    inputs: list[Tensor] = []
-    parallel = modules.adapter_placement == "parallel"
-
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[:] = [args[0]]
-
-    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs.pop() if parallel else output
-        adapters = slot.adapters(place, x.shape[0])
-        return adapter(x, output, adapters, modules.adapter_activation) if adapters else output
-
-    if parallel:
-        sublayer.first.register_forward_pre_hook(before)
-    sublayer.last.register_forward_hook(after)
-
-
-def _attach_low_rank(linear: nn.Linear, slot: Slot, projection: int, place: int) -> None:
-    """Adds the low-rank deltas of site number `place` of a projection to a linear map."""
-
-    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        deltas = slot.deltas(projection, place, output.shape[0])
-        return low_rank(args[0], output, deltas) if deltas else output
-
-    linear.register_forward_hook(after)

@@ -21,8 +21,8 @@ import sklearn.metrics
 from pycocoevalcap.cider.cider import Cider
 
 from hyperpelt_ds.contracts import Sample
-from hyperpelt_ds.tasks.answers import PEOPLE_FOR_CERTAIN, vqa_accuracy
 from hyperpelt_ds.tasks.task import Task, check_target, normalise
+from hyperpelt_ds.tasks.vqa_accuracy import PEOPLE_FOR_CERTAIN, vqa_accuracy
 
 UNREADABLE = -1.0
 """The number, or class, of an answer that is none. HyperFormer, like T5 before it, takes -1 for such a similarity: off

@@ -13,10 +13,10 @@ from pathlib import Path
 from hyperpelt_ds import dist
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Sample
-from hyperpelt_ds.data.loader import read_texts
+from hyperpelt_ds.data.evaluation import read_texts
+from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import Reader
-from hyperpelt_ds.data.shards import MANIFEST, Manifest
-from hyperpelt_ds.model import HyperPELT, Predictor
+from hyperpelt_ds.model import HyperPELT, Predictor, identity_of
 
 Ask = Callable[[Sequence[Sample]], list[str]]
 """Samples to what the model generates for each, in their order."""
@@ -61,7 +61,7 @@ def split_samples(manifest: Manifest, task: str, split: str) -> list[Sample]:
     if not samples:
         sizes = ", ".join(f"{name} ({manifest.count(task, name)})" for name in manifest.tasks[task])
         fault = f"has no samples in its split {split!r}" if split in manifest.tasks[task] else f"has no split {split!r}"
-        raise ValueError(f"task {task!r} {fault} in {manifest.folder / MANIFEST}; its splits: {sizes or 'none'}")
+        raise ValueError(f"task {task!r} {fault} in {manifest.path}; its splits: {sizes or 'none'}")
     return samples
 
 
@@ -76,9 +76,18 @@ def known_tasks(names: Sequence[str] | None, tasks_of_run: Sequence[str], run_di
 
 def load_manifest(path: str | Path, run: Predictor, run_dir: str | Path) -> Manifest:
     """The manifest; ValueError if its image features are not of the encoder that the run was trained with."""
-    manifest = Manifest.load(path)
-    if run.config.vision.encoder and manifest.features and run.made_with not in (None, manifest.features.encoder):
-        raise ValueError(
-            f"{path} holds features of {manifest.features.encoder}, {run_dir} was trained on {run.made_with}"
-        )
+    manifest = Manifest.of(run.config.data, path)
+    check_features(manifest, run.config, run_dir)
     return manifest
+
+
+def check_features(manifest: Manifest, config: Config, run_dir: str | Path) -> None:
+    """Raises ValueError if `config` uses images and those of the manifest are not of the encoder of the run `run_dir`.
+
+    What says nothing of an encoder fits: a manifest without features, a run that was trained without any.
+    """
+    made_with = identity_of(Path(run_dir))["encoder"]
+    if config.vision.encoder and manifest.features and made_with not in (None, manifest.features.encoder):
+        raise ValueError(
+            f"{manifest.path} holds features of {manifest.features.encoder}, {run_dir} was trained on {made_with}"
+        )

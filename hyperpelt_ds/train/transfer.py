@@ -21,14 +21,32 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.data.loader import TrainStream
+from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import Reader
-from hyperpelt_ds.data.shards import Manifest
 from hyperpelt_ds.model import HyperPELT, beside, identity_of, weights_file
+from hyperpelt_ds.train.answering import check_features
 
 SAMPLES = 64
 """At most so many training samples of a new task are answered to find the task that is most like it."""
 
 log = logging.getLogger(__name__)
+
+
+def requested(
+    run: str | Path, new_tasks: Sequence[str], like: str | None, train: str, run_dir: str | Path, resume: bool
+) -> Config:
+    """The configuration of the run in `run_dir` that starts from `run`: `from_run`'s, or, to resume it, its own.
+
+    To resume, `run` need not be there any more. Raises ValueError for other new tasks than it was started with.
+    """
+    own = Path(run_dir) / "config.json"
+    if not (resume and own.is_file()):
+        return from_run(run, new_tasks, like, train)
+    config = configuration.load(own)
+    if config.data.train_tasks != tuple(new_tasks):
+        started_with = ", ".join(config.data.train_tasks)
+        raise ValueError(f"--new_task {','.join(new_tasks)}: {run_dir} was started with {started_with}")
+    return config
 
 
 def from_run(run: str | Path, new_tasks: Sequence[str], like: str | None, train: str) -> Config:
@@ -70,11 +88,7 @@ def start(model: HyperPELT, config: Config, manifest: Manifest) -> dict[str, Any
     folder = Path(config.transfer.init_from)
     base = configuration.load(folder / "config.json")
     _check(folder, base, config, model)
-    made_with = identity_of(folder)["encoder"]
-    if config.vision.encoder and manifest.features and made_with not in (None, manifest.features.encoder):
-        raise ValueError(
-            f"{config.data.manifest} holds features of {manifest.features.encoder}, {folder} was trained on {made_with}"
-        )
+    check_features(manifest, config, folder)
     state, per_task = load_file(weights_file(folder)), model.per_task
     _fill(model, state, base.data.tasks)
     new = [name for name in config.data.tasks if name not in base.data.tasks]
