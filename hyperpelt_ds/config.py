@@ -136,7 +136,7 @@ class DataConfig:
     """Shards, mixture and lengths."""
 
     manifest: str = ""
-    """Path of a manifest.json written by data_prep."""
+    """A manifest.json written by data_prep: a path, or a URL (http, https, s3, gs, hf)."""
     tasks: tuple[str, ...] = ()
     """Tasks of the run in order; the order gives each task its embedding row. Empty: all of the manifest."""
     train_tasks: tuple[str, ...] = ()
@@ -147,6 +147,12 @@ class DataConfig:
     """Tasks are drawn with p ~ n^(1/temperature)."""
     task_weights: dict[str, float] = field(default_factory=dict)
     """Explicit sampling weights by task name; replaces the temperature where given (then for all tasks)."""
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    """Factors on the loss of a task's samples; 1 for a task that is not named."""
+    lanes: int = 0
+    """Into how many lanes the order of the samples is dealt. The world sizes that divide it all see the same global
+    batches; it must divide train.global_batch and stay the same for a run. 0 takes the common part of the global batch
+    and 192."""
     name_task: bool = False
     """Begin every source with its task's name. Weights that all tasks share cannot tell two tasks on the same kind of
     input apart otherwise; weights made from the task can."""
@@ -156,6 +162,14 @@ class DataConfig:
     """Target tokens allowed; a longer target is an error (a cut target would teach a wrong one)."""
     workers: int = 0
     """Reading processes per rank; 0 reads in the training process."""
+    max_holes: int = 100
+    """A sample that cannot be used (damaged, of a wrong form, without its image's features) is left out and counted.
+    The run stops once there are more of them than this, and more than max_hole_share of what was drawn."""
+    max_hole_share: float = 0.001
+    cache: str = "~/.cache/hyperpelt_ds"
+    """Folder of this machine where shards of a remote manifest are kept; all processes and runs may share it."""
+    cache_gb: float = 100.0
+    """Size that folder may grow to, in 10^9 bytes; 0 keeps no shards and reads single samples over the network."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +182,12 @@ class TrainConfig:
     global_batch: int = 64
     """Samples per optimizer step over all ranks."""
     micro_batch: int = 16
-    """Samples per forward pass on one rank; accumulation follows from the two batches and the world size."""
+    """Samples per forward pass on one rank; accumulation follows from the two batches and the world size. It is the
+    mean: a rank's samples are sorted by length, and up to twice as many short ones go together to save padding."""
+    micro_tokens: int = 0
+    """About how many tokens a forward pass may have, padding included, as estimated from the bytes of the texts. A step
+    then has as many micro-batches as that takes, the same number on every rank, whatever micro_batch says. 0: no limit,
+    and always as many as micro_batch says."""
     learning_rate: float = 3e-4
     warmup_steps: int = 100
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -350,6 +369,10 @@ _NOT_NEGATIVE = (
     "hypernet.head_std",
     "data.shots",
     "data.workers",
+    "data.lanes",
+    "data.max_holes",
+    "data.cache_gb",
+    "train.micro_tokens",
     "train.seed",
     "train.warmup_steps",
     "train.weight_decay",
@@ -370,7 +393,7 @@ def _check_ranges(config: Config) -> None:
     for name in _NOT_NEGATIVE:
         if value(name) < 0:
             raise ValueError(f"{name}: must not be negative, got {value(name)}")
-    for name in ("model.dropout", "train.label_smoothing"):
+    for name in ("model.dropout", "train.label_smoothing", "data.max_hole_share"):
         if value(name) is not None and not 0 <= value(name) < 1:
             raise ValueError(f"{name}: must lie in [0, 1), got {value(name)}")
     _check_modules(config)
@@ -381,9 +404,13 @@ def _check_ranges(config: Config) -> None:
             raise ValueError(f"data.train_tasks: {task!r} is not one of data.tasks, {', '.join(config.data.tasks)}")
     if config.transfer.train == "embeddings" and not (config.transfer.init_from and config.data.train_tasks):
         raise ValueError("transfer.train='embeddings' needs transfer.init_from and data.train_tasks")
-    bad = {task: weight for task, weight in config.data.task_weights.items() if weight <= 0}
-    if bad:
-        raise ValueError(f"data.task_weights: must be greater than 0, got {bad}")
+    for field_name in ("task_weights", "loss_weights"):
+        bad = {task: weight for task, weight in getattr(config.data, field_name).items() if weight <= 0}
+        if bad:
+            raise ValueError(f"data.{field_name}: must be greater than 0, got {bad}")
+    for task in config.data.loss_weights:
+        if config.data.tasks and task not in config.data.tasks:
+            raise ValueError(f"data.loss_weights: {task!r} is not one of data.tasks, {', '.join(config.data.tasks)}")
 
 
 def _check_modules(config: Config) -> None:

@@ -21,6 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TRAIN, VALIDATION = "train", "validation"
+"""Names of the splits that training reads."""
+
 
 class Block(enum.IntEnum):
     """The kinds of block that a generated module is attached to."""
@@ -211,14 +214,33 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Hole:
+    """A sample that was drawn and could not be used: its slot stays in the batch with weight 0, so nothing else moves.
+
+    position counts the run's draws from 0, index the samples of the task's split.
+    """
+
+    position: int
+    task: str
+    split: str
+    index: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class StreamState:
     """Where the training stream stands: integers only, the same on every rank and for every world size.
 
     `samples` counts the samples committed to optimizer steps. Everything else the order needs follows from
-    (seed, manifest, samples); `counts` (task name -> draws so far) is kept to spare the replay and to be checked.
+    (seed, manifest, lanes, global batch, samples); `counts` (task name -> draws so far in each of its lanes) is kept to
+    spare the replay and to be checked.
     """
 
     seed: int
     manifest: str
+    lanes: int
+    global_batch: int
     samples: int
-    counts: dict[str, int]
+    counts: dict[str, list[int]]

@@ -49,6 +49,14 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def total(value: float) -> torch.Tensor:
+    """The sum of every rank's `value`, a scalar on the device of this rank; waits for no device."""
+    number = torch.tensor(float(value), device=device())
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(number)
+    return number
+
+
 def agree(name: str, value: Any) -> None:
     """Raises RuntimeError on every rank if the ranks do not hold the same JSON-able `value`."""
     digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -26,8 +26,8 @@ from hyperpelt_ds.backbones import static
 from hyperpelt_ds.backbones.stock import places, static_tensors, stock_logits
 from hyperpelt_ds.contracts import Batch, Sample
 from hyperpelt_ds.data.collate import source_start
+from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import Reader
-from hyperpelt_ds.data.shards import Manifest
 from hyperpelt_ds.model import Predictor, identity_of, load
 from hyperpelt_ds.tasks import needs_image
 
@@ -179,7 +179,7 @@ def _questions(run: Predictor, task: str, image: str | Path | None) -> tuple[Bat
     in words."""
     samples, asked = [Sample("0", task, SENTENCE, "yes")], "one built-in sentence"
     try:
-        reader = Reader(Manifest.load(run.config.data.manifest))
+        reader = Reader(Manifest.of(run.config.data))
         split = "test" if reader.manifest.count(task, "test") else "validation"
         count = min(reader.manifest.count(task, split), CHECKED)
         if count:

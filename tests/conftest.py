@@ -38,6 +38,7 @@ from hyperpelt_ds.config import (
 )
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data import shards
+from hyperpelt_ds.data.manifest import FeatureSet, write_manifest
 from hyperpelt_ds.vision import EfficientNetLite0
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,8 +107,8 @@ def save_manifest(folder: Path, train: int = 48, held_out: int = 12) -> Path:
     features = [
         (f"{split}-{i}", grids[i % len(SHAPES)].astype(np.float16)) for split, n in sizes.items() for i in range(n // 2)
     ]
-    stored = shards.FeatureSet(CELLS, CHANNELS, VISION, shards.write_features(folder, features, 16))
-    return shards.write_manifest(folder, tasks, stored, {"about": "tiny"})
+    stored = FeatureSet(CELLS, CHANNELS, VISION, shards.write_features(folder, features, 16))
+    return write_manifest(folder, tasks, stored, {"about": "tiny"})
 
 
 @pytest.fixture(scope="session")

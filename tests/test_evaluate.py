@@ -21,9 +21,8 @@ from untrained import save_samples, untrained_run
 from hyperpelt_ds import task_file, tasks
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
-from hyperpelt_ds.data import shards
+from hyperpelt_ds.data.manifest import MANIFEST, Manifest
 from hyperpelt_ds.data.reader import Reader
-from hyperpelt_ds.data.shards import Manifest
 from hyperpelt_ds.model import beside, description_sample, load
 from hyperpelt_ds.tasks import glue, metrics
 from hyperpelt_ds.train import evaluate
@@ -222,11 +221,11 @@ def test_an_empty_or_unknown_split_is_refused_by_name(settings, run_dir, tmp_pat
         evaluate.evaluate(run_dir, ["glue_rte"], "validation")
     data = Path(settings.data.manifest).parent
     shutil.copytree(data, tmp_path / "data")
-    tree = json.loads((data / shards.MANIFEST).read_text())
+    tree = json.loads((data / MANIFEST).read_text())
     tree["tasks"]["glue_rte"]["validation"] = []
-    (tmp_path / "data" / shards.MANIFEST).write_text(json.dumps(tree))
+    (tmp_path / "data" / MANIFEST).write_text(json.dumps(tree))
     with pytest.raises(ValueError, match="'glue_rte' has no samples in its split 'validation'"):
-        split_samples(Manifest.load(tmp_path / "data" / shards.MANIFEST), "glue_rte", "validation")
+        split_samples(Manifest.load(tmp_path / "data" / MANIFEST), "glue_rte", "validation")
 
 
 def test_a_stored_target_outside_the_labels_stops_the_scoring_by_name(config, tmp_path):

@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import ONE, REST, damage
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hyperpelt_ds.config import Config, from_dict
 from hyperpelt_ds.contracts import Batch, Sample, StreamState
 from hyperpelt_ds.data import shards
+from hyperpelt_ds.data.check import check_samples
 from hyperpelt_ds.data.collate import collator_for
-from hyperpelt_ds.data.loader import TrainStream, check_samples, evaluation_batches, read_texts
-from hyperpelt_ds.data.reader import DamagedSample
-from hyperpelt_ds.data.shards import FeatureSet, Manifest
+from hyperpelt_ds.data.evaluation import evaluation_batches, read_texts
+from hyperpelt_ds.data.loader import TrainStream
+from hyperpelt_ds.data.manifest import MANIFEST, FeatureSet, Manifest, write_manifest
 
 COUNTS = {"topic": 50, "vqa": 23, "caption": 1}
 TASKS = list(COUNTS)
@@ -61,7 +63,7 @@ def save(folder: Path, samples: dict[str, dict[str, list[Sample]]]) -> Manifest:
         for task in samples
     }
     features = FeatureSet(3, 2, {}, shards.write_features(folder, [(f"img{i}", np.ones((3, 2))) for i in range(5)], 2))
-    return Manifest.load(shards.write_manifest(folder, tasks, features, {}))
+    return Manifest.load(write_manifest(folder, tasks, features, {}))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,7 @@ def test_global_batches_are_the_same_for_every_world_size_and_worker_count(manif
     assert global_batches(manifest, 4, 20) == expected
     assert global_batches(manifest, 2, 20, workers=2) == expected
     assert global_batches(manifest, 1, 20, micro_batch=1) == expected
+    assert global_batches(manifest, 2, 20, micro_tokens=70) == expected
 
 
 @pytest.mark.parametrize("world", [1, 4])
@@ -124,7 +127,7 @@ def test_every_sample_comes_once_in_each_epoch_of_its_task(manifest, world):
     steps(source, 30)
     assert source.state().samples == 30 * GLOBAL == sum(total.values())
     for task, n in COUNTS.items():
-        epochs, rest = divmod(source.state().counts[task], n)
+        epochs, rest = divmod(sum(source.state().counts[task]), n)
         times = Counter(total[task, f"train{i}"] for i in range(n))
         assert epochs >= 2 and times == Counter({epochs: n - rest, epochs + 1: rest}) - Counter()
 
@@ -157,11 +160,12 @@ def test_state_counts_what_was_committed_and_not_what_was_prefetched(manifest, w
     source = stream(manifest, workers=workers)
     iterator = iter(source)
     taken = [next(iterator) for _ in range(3)]
-    assert source.state() == StreamState(0, manifest.digest, 0, dict.fromkeys(COUNTS, 0))
+    assert source.state() == StreamState(0, manifest.digest, 12, GLOBAL, 0, {task: [0] for task in COUNTS})
     source.commit()
     source.commit()
     assert source.state().samples == 2 * GLOBAL
-    assert source.state().counts == Counter(task for step in taken[:2] for batch in names(step) for task, _ in batch)
+    drawn = Counter(task for step in taken[:2] for batch in names(step) for task, _ in batch)
+    assert source.state().counts == {task: [drawn[task]] for task in COUNTS}
     iterator = iter(source)  # starts after the last commit: the third step comes once more
     assert names(next(iterator)) == names(taken[2])
     next(iterator)
@@ -181,34 +185,42 @@ def test_a_step_cannot_be_committed_before_it_was_given_out(manifest):
         source.commit()
 
 
-def test_micro_batches_hold_neighbours_in_length_and_ranks_cost_the_same(manifest):
-    def cost(batch: Batch) -> int:
-        return max(len(sample.source) + len(sample.target) for sample in batch.samples)
+def test_micro_batches_hold_neighbours_in_length(manifest):
+    for step in steps(stream(manifest, 1, 2, global_batch=24), 10):
+        spans = [[size(sample) for sample in batch.samples] for batch in step]
+        assert [len(step), sum(map(len, spans))] == [4, 12] and all(1 <= len(span) <= 2 * MICRO for span in spans)
+        assert all(max(left) <= min(right) for left, right in pairwise(spans))
 
-    worst = []
-    for parts in zip(*(steps(stream(manifest, rank, 2, global_batch=24), 10) for rank in range(2)), strict=True):
-        spans = sorted(
-            sorted(len((sample.source + sample.target).encode()) for sample in batch.samples)
-            for step in parts
-            for batch in step
-        )
-        assert all(left[-1] <= right[0] for left, right in pairwise(spans))
-        costs = [sum(map(cost, step)) for step in parts]
-        worst.append(abs(costs[0] - costs[1]) / sum(costs))
-    assert max(worst) < 0.1
+
+def size(sample: Sample) -> int:
+    return min(20, 1 + len(sample.source.split())) + 1 + len(sample.target.split())
 
 
 def test_sorting_by_length_keeps_padding_small(manifest):
     batches = [batch for step in steps(stream(manifest, global_batch=48, micro_batch=6), 20) for batch in step]
     real, total = (sum(int(f(batch.attention_mask)) for batch in batches) for f in (torch.sum, torch.numel))
-    assert 1 - real / total < 0.15  # measured 0.06, and 0.31 with the same batches unsorted
+    assert 1 - real / total < 0.15  # 0.31 with the same batches unsorted
 
 
-def test_loss_weights_make_the_mean_over_ranks_and_accumulation_the_mean_over_the_global_batch(manifest):
-    parts = [next(iter(stream(manifest, rank, 2))) for rank in range(2)]
-    assert [len(step) for step in parts] == [2, 2]
-    summed = sum(float(batch.loss_weights.sum()) for step in parts for batch in step)
-    assert summed / (2 * 2) == pytest.approx(1.0)
+def test_a_limit_on_tokens_gives_every_rank_as_many_micro_batches_as_that_takes(manifest):
+    limit, parts = 50, []
+    both = [steps(stream(manifest, rank, 2, global_batch=24, micro_tokens=limit), 10) for rank in (0, 1)]
+    for ranks in zip(*both, strict=True):
+        assert len(ranks[0]) == len(ranks[1])
+        parts.append(len(ranks[0]))
+        for batch in (batch for step in ranks for batch in step):
+            places = batch.attention_mask.numel() + batch.labels.numel()
+            assert places <= 1.2 * limit or len(batch.samples) == 1  # lengths are estimated from bytes
+    assert min(parts) >= 4 and len(set(parts)) > 1
+
+
+def test_loss_weights_are_the_tasks_own(manifest):
+    settings = config(data={"loss_weights": {"vqa": 0.5}})
+    batches = chain(*islice(TrainStream(manifest, settings, TASKS, TOKENIZER, 0, 1), 5))
+    weights = {
+        (s.task, w) for batch in batches for s, w in zip(batch.samples, batch.loss_weights.tolist(), strict=True)
+    }
+    assert weights == {("vqa", 0.5), ("topic", 1.0), ("caption", 1.0)}
 
 
 def test_an_interrupt_of_the_process_group_leaves_the_workers_at_work(manifest):
@@ -238,35 +250,56 @@ def test_cut_sources_are_counted_with_any_number_of_workers(manifest, workers):
     assert source.truncated == sum(len(text.split()) > 19 for text in texts) > 0
 
 
+def weighed(step: list[Batch]) -> list[tuple[Sample, float]]:
+    return [pair for b in step for pair in zip(b.samples, b.loss_weights.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("world", "workers", "kind"), [(2, 2, "flipped data byte"), *((1, 0, kind) for kind in ONE | REST)]
+)
+def test_a_damaged_sample_is_a_hole_and_nothing_else_moves(manifest, tmp_path, world, workers, kind):
+    folder = Path(shutil.copytree(manifest.folder.root, tmp_path / "set"))
+    hurt_samples = damage(folder, "topic/train-000001.tar", kind, 2)
+    hurt_images = {f"img{2 + position}" for position in damage(folder, "features/features-000001.tar", kind, 1)}
+    hurt = Manifest.load(folder / MANIFEST)
+    wanted = {("topic", f"train{7 + position}") for position in hurt_samples} | {
+        (s.task, s.key) for t in TASKS[1:] for s in read_texts(manifest, t, "train") if s.image in hurt_images
+    }
+    found = []
+    for rank in range(world):
+        whole, holed = stream(manifest, rank, world), stream(hurt, rank, world, workers)
+        for step, other in zip(islice(whole, 15), islice(holed, 15), strict=True):
+            drawn = [(s.task, s.key, s) for batch in step for s in batch.samples]
+            kept = [(s.task, s.key, s) for s, weight in weighed(other) if weight]
+            assert sorted(kept, key=str) == sorted((d for d in drawn if d[:2] not in wanted), key=str)
+            assert len(weighed(other)) == len(drawn) and len(other) == len(step)
+            whole.commit()
+            holes = holed.commit()
+            assert {(hole.task, hole.key) for hole in holes} == wanted & {n for b in names(step) for n in b}
+            found += holes
+        assert whole.state().counts == holed.state().counts
+    draws = Counter(name for batch in global_batches(manifest, 1, 15) for name in batch.elements())
+    assert Counter((hole.task, hole.key) for hole in found) == {name: draws[name] for name in wanted}
+    assert len({hole.position for hole in found}) == len(found)
+    assert all(hole.reason and "image" in hole.reason for hole in found if hole.task != "topic")
+    assert {hole.shard for hole in found if hole.task == "topic"} == {"topic/train-000001.tar"}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_too_long_target_stops_the_stream_with_the_sample_named(manifest, workers):
+def test_a_target_that_no_one_looked_at_before_and_is_too_long_is_a_hole(manifest, workers):
     settings = config(data={"workers": workers, "max_target_length": 1})
     source = TrainStream(manifest, settings, TASKS, TOKENIZER, 0, 1)
-    with pytest.raises(ValueError, match=r"^sample 'train\d+' of task '\w+': its target has 2 tokens"):
-        next(iter(source))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_sample_stops_the_stream_with_shard_and_key_named(manifest, tmp_path, workers):
-    folder = Path(shutil.copytree(manifest.folder, tmp_path / "set"))
-    tar = folder / "caption/train-000000.tar"
-    content = bytearray(tar.read_bytes())
-    content[530] ^= 1
-    tar.write_bytes(content)
-    source = stream(Manifest.load(folder / shards.MANIFEST), workers=workers)
-    with pytest.raises(DamagedSample, match=r"^shard caption/train-000000\.tar, key 'train0': crc32"):
-        steps(source, 5)
+    [step] = islice(source, 1)
+    assert all(not batch.loss_weights.any() for batch in step)
+    holes = source.commit()
+    assert len(holes) == GLOBAL and holes[0].reason == "its target has 2 tokens, data.max_target_length is 1"
 
 
 @pytest.mark.parametrize(
     ("train", "world", "reason"),
     [
-        (
-            {"micro_batch": 5},
-            2,
-            r"global_batch 12 .*micro_batch 5 x world size 2; micro-batches that fit: \[1, 2, 3, 6\]",
-        ),
-        ({}, 5, r"global_batch 12 .*micro_batch 3 x world size 5; the world size does not divide the global batch"),
+        ({"micro_batch": 5}, 2, r"not a multiple of train\.micro_batch 5; micro-batches that fit: \[1, 2, 3, 6\]"),
+        ({}, 5, r"5 processes cannot share the 12 lanes .*: \[1, 2, 3, 4, 6, 12\]"),
     ],
 )
 def test_batch_sizes_that_do_not_fit_are_refused_with_those_that_do(manifest, train, world, reason):
@@ -279,8 +312,10 @@ def test_batch_sizes_that_do_not_fit_are_refused_with_those_that_do(manifest, tr
     [
         ({"seed": 1}, "has seed 1, this run has 0"),
         ({"manifest": "feed"}, "has manifest 'feed', this run has '[0-9a-f]{64}'"),
-        ({"samples": 13}, "has samples 13, but its counts are"),
-        ({"counts": {"topic": 12}}, r"has counts of \['topic'\], not \['caption', 'topic', 'vqa'\]"),
+        ({"samples": 13}, "has samples 13, but its counts sum to 12"),
+        ({"lanes": 6}, "has lanes 6, this run has 12"),
+        ({"global_batch": 24}, "has global_batch 24, this run has 12"),
+        ({"counts": {"topic": [12]}}, r"has counts of \{'topic': 1\} \(task: lanes\), not .*'vqa': 1"),
     ],
 )
 def test_a_state_of_another_run_is_refused_with_the_field_named(manifest, change, reason):
@@ -366,7 +401,7 @@ def test_samples_that_cannot_be_trained_on_are_found_before_the_first_step(tmp_p
         folder = tmp_path / next(iter(changes))
         written = {"train": shards.write_task(folder, "easy_vqa", "train", [good, bad])}
         features = shards.write_features(folder, [("image", np.zeros((4, 6)))])
-        return Manifest.load(shards.write_manifest(folder, {"easy_vqa": written}, FeatureSet(4, 6, {}, features), {}))
+        return Manifest.load(write_manifest(folder, {"easy_vqa": written}, FeatureSet(4, 6, {}, features), {}))
 
     long = manifest(target="red " * 20)
     with pytest.raises(ValueError, match="'bad' of task 'easy_vqa': its target has 21 tokens"):
@@ -374,5 +409,4 @@ def test_samples_that_cannot_be_trained_on_are_found_before_the_first_step(tmp_p
     check_samples(long, ["easy_vqa"], collator, 0, 2)  # the other rank's share is fine
     with pytest.raises(ValueError, match="'easy_vqa', sample 'bad': its target 'purple' is not one of black, blue, "):
         check_samples(manifest(group="colour", target="purple"), ["easy_vqa"], collator, 0, 1)
-    with pytest.raises(ValueError, match="no features are stored for this image"):
-        check_samples(manifest(image="nowhere"), ["easy_vqa"], collator, 0, 1)
+    check_samples(manifest(image="nowhere"), ["easy_vqa"], collator, 0, 1)  # a hole when it is drawn, not a mistake

@@ -13,7 +13,7 @@ from untrained import save_samples, untrained_run
 
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
-from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.model import load
 from hyperpelt_ds.train import predict
 from hyperpelt_ds.train.submissions import FORMATS

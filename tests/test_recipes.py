@@ -19,6 +19,7 @@ from hyperpelt_ds import counts, model, recipes, tasks
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data import shards
+from hyperpelt_ds.data.manifest import FeatureSet, write_manifest
 
 ISSUED = {
     "demo", "glue_t5_base", "vl_t5_base", "glue_bart_base", "hyperformer_pp_t5_base", "adapters_t5_base",
@@ -92,8 +93,8 @@ def save_data(folder: Path, names: tuple[str, ...]) -> None:
     if any(tasks.needs_image(name) for name in names):
         random = np.random.default_rng(0)
         grids = [(f"{split}-{i}", random.normal(size=(CELLS, CHANNELS))) for split in sizes for i in range(3)]
-        features = shards.FeatureSet(CELLS, CHANNELS, VISION, shards.write_features(folder, grids))
-    shards.write_manifest(folder, stored, features, {"about": "tiny"})
+        features = FeatureSet(CELLS, CHANNELS, VISION, shards.write_features(folder, grids))
+    write_manifest(folder, stored, features, {"about": "tiny"})
 
 
 @pytest.fixture(scope="module")

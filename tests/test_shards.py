@@ -1,22 +1,22 @@
-"""What is on disk: plain webdataset shards, an index that tells the truth, a manifest that notices any change."""
+"""What is on disk: plain webdataset shards, each with its index, and a manifest that notices what is missing."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import shutil
-import tarfile
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data import shards
+from hyperpelt_ds.data.index import read_index
+from hyperpelt_ds.data.manifest import LOOKUP, MANIFEST, FeatureSet, Manifest, write_manifest
 
 SAMPLES = [Sample(f"key{i}", "topic", f"text número {i}", "art" * (i % 3), f"item{i}", None, None) for i in range(10)]
 IMAGES = [(f"img{i}", np.full((3, 2), i, dtype=np.float32)) for i in range(5)]
@@ -31,21 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save(folder: Path) -> Path:
     tasks = {"topic": {"train": shards.write_task(folder, "topic", "train", SAMPLES, per_shard=4)}}
-    features = shards.FeatureSet(3, 2, {"name": "none"}, shards.write_features(folder, IMAGES, per_shard=4))
-    return shards.write_manifest(folder, tasks, features, {"made": "by a test"})
+    features = FeatureSet(3, 2, {"name": "none"}, shards.write_features(folder, IMAGES, per_shard=4))
+    return write_manifest(folder, tasks, features, {"made": "by a test"})
 
 
 def copy(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to / "copy"))
-
-
-def make_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 def test_webdataset_reads_from_the_shards_exactly_what_was_written(folder):
@@ -66,71 +57,34 @@ def test_references_are_stored_where_there_are_any_and_change_no_other_bytes(tmp
     records = list(webdataset.WebDataset(str(tmp_path / shard.path), shardshuffle=False).decode())
     assert records[0]["json"] == {"task": "vqa", "source": "x", "target": "y", "item": "", "image": None, "group": None}
     assert records[1]["json"] == {**records[0]["json"], "references": ["y", "y", "né"]}
-    assert shards.read_index(tmp_path / shard.path).lengths == [2, 2]
+    assert read_index(tmp_path / shard.path).lengths.tolist() == [2, 2] and shard.longest_target == 1
 
 
 def test_index_says_where_each_member_lies_and_how_long_its_text_is(folder):
     tar = folder / "topic/train-000000.tar"
-    index, content = shards.read_index(tar), tar.read_bytes()
-    assert index.keys == [sample.key for sample in SAMPLES[:4]]
-    assert index.lengths == [len((sample.source + sample.target).encode()) for sample in SAMPLES[:4]]
-    assert index.bytes == len(content)
-    for sample, [(suffix, offset, size)] in zip(SAMPLES, index.members, strict=False):
+    index, content = read_index(tar), tar.read_bytes()
+    assert [index.key(i) for i in range(len(index))] == [sample.key for sample in SAMPLES[:4]]
+    assert index.lengths.tolist() == [len((sample.source + sample.target).encode()) for sample in SAMPLES[:4]]
+    assert index.target_lengths.tolist() == [len(sample.target) for sample in SAMPLES[:4]]
+    assert index.tar_bytes == len(content)
+    for i, sample in enumerate(SAMPLES[:4]):
+        [(suffix, offset, size)] = index.members(i)
         assert suffix == "json"
         assert json.loads(content[offset : offset + size])["source"] == sample.source
+
+
+def test_plain_tar_lists_the_samples(folder):
+    done = subprocess.run(
+        ["tar", "tf", "topic/train-000002.tar"], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["key8.json", "key9.json"]
 
 
 def test_the_same_samples_give_the_same_bytes(folder, tmp_path):
     save(tmp_path)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.*"))
-    assert len(files) == 2 * (3 + 2) + 1 and not any("partial" in path.name for path in files)
+    assert len(files) == 2 * (3 + 2) + 2 and not any("partial" in path.name for path in files)
     assert all((folder / path).read_bytes() == (tmp_path / path).read_bytes() for path in files)
-
-
-def test_index_of_a_foreign_shard_with_several_members_a_sample(tmp_path):
-    members = [("dir/a.cls", b"3"), ("dir/a.jpg", b"xyz"), ("README", b"no suffix"), ("b.cls", b"1")]
-    index = shards.index_shard(make_tar(tmp_path / "foreign.tar", members))
-    assert index.keys == ["dir/a", "b"]
-    assert [[(suffix, size) for suffix, _, size in entry] for entry in index.members] == [
-        [("cls", 1), ("jpg", 3)],
-        [("cls", 1)],
-    ]
-    assert index.lengths == [0, 0]
-
-
-@pytest.mark.parametrize(
-    ("members", "reason"),
-    [
-        ([("a.json", b"{}"), ("a.json", b"{}")], "'a' comes twice"),
-        ([("a.json", b"{}"), ("b.json", b"{}"), ("a.jpg", b"")], "'a' comes twice, or its members are not adjacent"),
-        ([], "holds no samples"),
-        ([("a.json", b"{")], "sample 'a' is not JSON"),
-    ],
-)
-def test_a_shard_that_no_reader_could_split_into_samples_is_refused(tmp_path, members, reason):
-    with pytest.raises(ValueError, match=rf"bad\.tar.*{reason}"):
-        shards.index_shard(make_tar(tmp_path / "bad.tar", members))
-
-
-@settings(deadline=None)
-@given(cut=st.integers(min_value=0, max_value=4 * 1024 - 1))
-def test_a_tar_cut_anywhere_before_its_end_mark_is_refused(tmp_path_factory, cut):
-    # four samples of a header and a content block each; Python's tar reader alone accepts a cut at every header
-    folder = tmp_path_factory.mktemp("cut")
-    tar = make_tar(folder / "cut.tar", [(f"{i}.json", b"{}") for i in range(4)])
-    tar.write_bytes(tar.read_bytes()[:cut])
-    with pytest.raises(ValueError, match=r"cut\.tar: (damaged|holds no samples)"):
-        shards.index_shard(tar)
-
-
-@pytest.mark.parametrize("damage", [b"\0" * 512, b"\xff" * 512])
-def test_a_tar_with_a_damaged_header_is_refused(tmp_path, damage):
-    tar = make_tar(tmp_path / "damaged.tar", [(f"{i}.json", b"{}") for i in range(4)])
-    content = bytearray(tar.read_bytes())
-    content[2048:2560] = damage
-    tar.write_bytes(content)
-    with pytest.raises(ValueError, match=r"damaged\.tar: damaged or cut: no proper end after byte 2048"):
-        shards.index_shard(tar)
 
 
 @pytest.mark.parametrize("key", ["a.b", "a/b", "", "line\nbreak", pytest.param("é" * 46, id="long")])
@@ -174,80 +128,94 @@ def test_features_that_cannot_be_used_are_refused_by_image(tmp_path, second, rea
 
 
 def test_manifest_reads_back_what_was_written(folder):
-    manifest = shards.Manifest.load(folder / shards.MANIFEST)
-    assert manifest.folder == folder and manifest.about == {"made": "by a test"}
+    manifest = Manifest.load(folder / MANIFEST)
+    assert manifest.path == str(folder / MANIFEST) and manifest.folder.root == str(folder)
+    assert manifest.about == {"made": "by a test"}
     assert [shard.samples for shard in manifest.tasks["topic"]["train"]] == [4, 4, 2]
+    assert [shard.longest_target for shard in manifest.tasks["topic"]["train"]] == [6, 6, 6]
     assert manifest.count("topic", "train") == 10 and manifest.count("topic", "test") == 0
     assert manifest.features is not None and (manifest.features.cells, manifest.features.channels) == (3, 2)
     assert manifest.features.encoder == {"name": "none"}
     with pytest.raises(ValueError, match=r"task 'mood' is not in .*manifest\.json; it holds topic"):
         manifest.count("mood", "train")
-    manifest.verify()
 
 
 def test_digest_names_the_content_and_not_the_place(folder, tmp_path):
-    digest = shards.Manifest.load(folder / shards.MANIFEST).digest
+    digest = Manifest.load(folder / MANIFEST).digest
     moved = copy(folder, tmp_path)
-    assert shards.Manifest.load(moved / shards.MANIFEST).digest == digest
+    assert Manifest.load(moved / MANIFEST).digest == digest
     changed = [dataclasses.replace(SAMPLES[0], target="other"), *SAMPLES[1:]]
     tasks = {"topic": {"train": shards.write_task(moved, "topic", "train", changed, per_shard=4)}}
-    assert shards.Manifest.load(shards.write_manifest(moved, tasks, None, {})).digest != digest
+    assert Manifest.load(write_manifest(moved, tasks, None, {})).digest != digest
 
 
 @pytest.mark.parametrize("shard", ["topic/train-000001", "features/features-000001"])
-def test_loading_names_the_shard_and_what_differs(folder, tmp_path, shard):
-    def damaged(name: str) -> tuple[Path, Path]:
-        moved = copy(folder, tmp_path / name)
-        return moved / shards.MANIFEST, moved / shard
-
-    manifest, path = damaged("tar")
-    path.with_suffix(".tar").unlink()
-    with pytest.raises(ValueError, match=rf"{shard}\.tar: missing: .*{shard}\.tar does not exist"):
-        shards.Manifest.load(manifest)
-    manifest, path = damaged("idx")
-    path.with_suffix(".idx.json").unlink()
-    with pytest.raises(ValueError, match=rf"{shard}\.tar: missing: .*\.idx\.json does not exist"):
-        shards.Manifest.load(manifest)
-    manifest, path = damaged("size")
-    path.with_suffix(".tar").write_bytes(path.with_suffix(".tar").read_bytes()[:-512])
-    with pytest.raises(ValueError, match=rf"{shard}\.tar: size differs from the manifest: \d+ bytes, expected \d+"):
-        shards.Manifest.load(manifest)
-    manifest, path = damaged("index")
-    path.with_suffix(".idx.json").write_bytes(path.with_suffix(".idx.json").read_bytes() + b" ")
-    with pytest.raises(ValueError, match=rf"{shard}\.tar: index differs from the manifest"):
-        shards.Manifest.load(manifest)
+def test_loading_names_a_shard_that_is_missing_and_reads_no_other_file(folder, tmp_path, shard):
+    for suffix in (".tar", ".idx"):
+        moved = copy(folder, tmp_path / suffix)
+        (moved / shard).with_suffix(suffix).unlink()
+        with pytest.raises(ValueError, match=rf"shard {shard}\.tar: missing: .*{shard}\{suffix} does not exist"):
+            Manifest.load(moved / MANIFEST)
+    moved = copy(folder, tmp_path / "unread")
+    for file in moved.rglob("*-0*"):
+        file.write_bytes(b"x" * file.stat().st_size)
+    assert Manifest.load(moved / MANIFEST).digest == Manifest.load(folder / MANIFEST).digest
 
 
-def test_verify_finds_a_flipped_bit_that_loading_does_not_look_for(folder, tmp_path):
+def test_loading_warns_of_tars_of_another_size_since_what_is_damaged_will_be_left_out(folder, tmp_path, caplog):
     moved = copy(folder, tmp_path)
-    tar = moved / "topic/train-000002.tar"
-    content = bytearray(tar.read_bytes())
-    content[600] ^= 1
-    tar.write_bytes(content)
-    manifest = shards.Manifest.load(moved / shards.MANIFEST)
-    with pytest.raises(ValueError, match=r"topic/train-000002\.tar: content differs from the manifest"):
-        manifest.verify()
+    for name in ("topic/train-000001.tar", "features/features-000000.tar"):
+        (moved / name).write_bytes((moved / name).read_bytes()[:-512])
+    Manifest.load(moved / MANIFEST)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert "topic/train-000001.tar: size differs from the manifest: 9728 bytes, not 10240" in record.message
+    assert ", and 1 more shards. What is damaged in them is left out" in record.message
+    assert f"`python data_prep/verify.py {moved / MANIFEST}`" in record.message
+
+
+def test_features_that_are_stored_twice_are_refused_when_the_manifest_is_written(tmp_path):
+    once = shards.write_features(tmp_path / "a", IMAGES)
+    again = shards.write_features(tmp_path / "b", IMAGES[3:])
+    for name in ("a", "b"):
+        (tmp_path / name / "features").rename(tmp_path / f"features-{name}")
+    listed = [
+        dataclasses.replace(shard, path=f"features-{name}/features-000000.tar")
+        for name, [shard] in (("a", once), ("b", again))
+    ]
+    with pytest.raises(ValueError, match=r"image 'img[34]' are stored twice, in features-a/.*tar and features-b/.*tar"):
+        write_manifest(tmp_path, {}, FeatureSet(3, 2, {}, listed), {})
+    assert not (tmp_path / MANIFEST).exists() and not (tmp_path / LOOKUP).exists()
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"version": 1, "tasks": {"a": 3}, "features": null, "about": {}}']
+    "content", ["", "[]", "{}", '{"version": 2, "tasks": {"a": 3}, "features": null, "about": {}}', "\ud83d"]
 )
 def test_a_file_that_is_no_manifest_is_refused(tmp_path, content):
     path = tmp_path / "manifest.json"
-    with pytest.raises(ValueError, match="no such file"):
-        shards.Manifest.load(path)
-    path.write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json: no such file"):
+        Manifest.load(path)
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"manifest\.json: not a manifest"):
-        shards.Manifest.load(path)
+        Manifest.load(path)
+    with pytest.raises(ValueError, match=rf"manifest {tmp_path}: cannot be read: .*directory"):
+        Manifest.load(tmp_path)
 
 
-def test_other_versions_are_refused(folder, tmp_path):
-    moved = copy(folder, tmp_path)
-    index = moved / "topic/train-000000.idx.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "version": 2}))
-    with pytest.raises(ValueError, match="its index has version 2, this program reads version 1"):
-        shards.read_index(moved / "topic/train-000000.tar")
-    manifest = moved / shards.MANIFEST
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 2}))
-    with pytest.raises(ValueError, match="version 2, this program reads version 1"):
-        shards.Manifest.load(manifest)
+def test_a_manifest_of_an_older_version_is_refused_and_says_what_to_do(folder, tmp_path):
+    manifest = copy(folder, tmp_path) / MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 1}))
+    with pytest.raises(ValueError, match="version 1, this program reads version 2; build the data again with the comm"):
+        Manifest.load(manifest)
+
+
+def test_a_killed_write_leaves_nothing_under_the_final_names(tmp_path):
+    def samples() -> Iterator[Sample]:
+        yield from SAMPLES[:6]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.write_task(tmp_path, "topic", "train", samples(), per_shard=4)
+    found = sorted(path.name for path in (tmp_path / "topic").iterdir() if not path.name.endswith(".partial"))
+    assert found == ["train-000000.idx", "train-000000.tar"]
+    assert read_index(tmp_path / "topic/train-000000.tar").key(3) == "key3"

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from damage import damage
 from safetensors.torch import load_file
 
 from hyperpelt_ds import model as models
 from hyperpelt_ds.config import Config, save
 from hyperpelt_ds.data.loader import TrainStream
-from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.train import engine
 
 STAGES = (2, 3)
@@ -104,6 +105,31 @@ def test_two_ranks_train_as_one_process_does(alone, train_on_two_ranks, config, 
 
 
 def test_the_engine_trains_as_plain_torch_does(alone, config):
+    check_against_plain_torch(alone.run, config)
+
+
+def test_damaged_samples_task_weights_and_a_token_limit_on_two_ranks_train_as_plain_torch_does(
+    train_on_two_ranks, config, tmp_path
+):
+    """What cannot be used weighs nothing anywhere: the mean is over the usable samples of the whole global batch."""
+    folder = Path(config.data.manifest).parent
+    shutil.copytree(folder, tmp_path / "data")
+    damage(tmp_path / "data", "movie_rating/train-000001.tar", "flipped data byte", 5)
+    damage(tmp_path / "data", "features/features-000000.tar", "header zeroed", 3)
+    manifest = tmp_path / "data" / "manifest.json"
+    settings = config.override([f"data.manifest={manifest}", 'data.loss_weights={"easy_vqa": 0.5}', "data.workers=1"])
+    limited = settings.override(["train.micro_tokens=60"])
+    train_on_two_ranks(limited, 2, tmp_path / "run")
+    holes = [json.loads(line) for file in (tmp_path / "run/holes").iterdir() for line in file.read_text().splitlines()]
+    assert len({hole["position"] for hole in holes}) == len(holes) == figures(tmp_path / "run", "data/holes")[9]
+    on_image = {(task, key) for task in ("easy_vqa", "shape_caption") for key in ("train-3", "train-27")}
+    assert {("movie_rating", "train-25")} < {(hole["task"], hole["key"]) for hole in holes} <= {
+        ("movie_rating", "train-25"), *on_image
+    }  # fmt: skip
+    check_against_plain_torch(tmp_path / "run", settings)
+
+
+def check_against_plain_torch(run: Path, config: Config) -> None:
     """The reference accumulates nothing: one backward pass a step over the sum of the micro-batches' losses."""
     manifest = Manifest.load(config.data.manifest)
     tasks = tuple(manifest.tasks)
@@ -116,17 +142,18 @@ def test_the_engine_trains_as_plain_torch_does(alone, config):
     losses, norms = {}, {}
     for step, micro_batches in zip(range(1, config.train.steps + 1), stream, strict=False):
         outputs = [model(batch) for batch in micro_batches]
+        weights = torch.cat([batch.loss_weights for batch in micro_batches])
         optimizer.zero_grad()
-        (sum(output.loss for output in outputs) / len(outputs)).backward()
+        (sum(output.loss for output in outputs) / (weights > 0).sum()).backward()
         norms[step] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping))
         optimizer.step()
         schedule.step()
         stream.commit()
-        losses[step] = float(torch.cat([output.sample_losses for output in outputs]).mean())
-    assert figures(alone.run, "train/loss") == pytest.approx(losses, rel=1e-5)
-    assert figures(alone.run, "train/gradient_norm") == pytest.approx(norms, rel=1e-4)
+        losses[step] = float(torch.cat([output.sample_losses for output in outputs])[weights > 0].mean())
+    assert figures(run, "train/loss") == pytest.approx(losses, rel=1e-5)
+    assert figures(run, "train/gradient_norm") == pytest.approx(norms, rel=1e-4)
     assert min(losses.values()) < 0.9 * losses[1], "nothing was learned, so nothing was compared"
-    assert distance(final_weights(alone.run), dict(model.named_parameters())) < 1e-4
+    assert distance(final_weights(run), dict(model.named_parameters())) < 1e-4
 
 
 def test_the_frozen_backbone_is_unchanged_after_training(alone, config):
@@ -140,7 +167,7 @@ def test_every_documented_figure_is_reported_for_every_task(finished_run, config
     tasks = list(Manifest.load(config.data.manifest).tasks)
     assert {
         "train/loss", "train/learning_rate", "train/gradient_norm", "perf/samples_per_second", "perf/tokens_per_second",
-        "perf/memory_gib", "data/padding_share", "data/wait_fraction",
+        "perf/memory_gib", "data/padding_share", "data/holes", "data/wait_fraction",
     } <= first.keys()  # fmt: skip
     assert {f"train/{task}/loss" for task in tasks} <= {name for line in lines(finished_run(2)) for name in line}
     validation = next(line for line in lines(finished_run(2)) if "eval/mean" in line)

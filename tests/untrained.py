@@ -14,7 +14,7 @@ from hyperpelt_ds import config as configuration
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data import shards
-from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.data.manifest import FeatureSet, Manifest, write_manifest
 from hyperpelt_ds.model import IDENTITY, build
 from hyperpelt_ds.train import loop
 
@@ -29,8 +29,8 @@ def save_samples(folder: Path, samples: dict[str, dict[str, list[Sample]]]) -> P
     images = sorted({sample.image for sample in everything if sample.image is not None})
     random = np.random.default_rng(1)
     features = [(image, random.normal(size=(CELLS, CHANNELS)).astype(np.float16)) for image in images]
-    stored = shards.FeatureSet(CELLS, CHANNELS, VISION, shards.write_features(folder, features)) if images else None
-    return shards.write_manifest(folder, written, stored, {})
+    stored = FeatureSet(CELLS, CHANNELS, VISION, shards.write_features(folder, features)) if images else None
+    return write_manifest(folder, written, stored, {})
 
 
 def untrained_run(folder: Path, config: Config) -> Path:

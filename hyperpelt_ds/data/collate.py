@@ -6,7 +6,7 @@ The tokenizer is any fast tokenizer of Hugging Face, handed in. This file must n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,23 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Sample
 
 IGNORED = -100  # the label that a loss leaves out
+
+
+class UnusableSample(ValueError):
+    """A sample that no batch can hold, found while making one."""
+
+    def __init__(self, sample: Sample, reason: str) -> None:
+        super().__init__(f"sample {sample.key!r} of task {sample.task!r}: {reason}")
+        self.sample, self.reason = sample, reason
+
+
+class Row(NamedTuple):
+    """One sample of a batch as token ids."""
+
+    sample: Sample
+    source: list[int]
+    target: list[int]
+    loss_weight: float
 
 
 class Collator:
@@ -44,7 +61,7 @@ class Collator:
             raise ValueError("the tokenizer has no end-of-text token, so that no model could learn to end a target")
         self.tokenizer = tokenizer
         self.ends_targets = tokenizer(text_target="a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-        self.rows = {task: row for row, task in enumerate(tasks)}
+        self._rows = {task: row for row, task in enumerate(tasks)}
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
         self.name_task = name_task
@@ -54,30 +71,41 @@ class Collator:
     def __call__(
         self, samples: Sequence[Sample], features: Mapping[str, np.ndarray], loss_weights: Sequence[float]
     ) -> Batch:
-        """One micro-batch. features: image id -> (V, F); loss_weights: one a sample.
+        """One micro-batch: `rows` and `batch` together, with the errors of both."""
+        return self.batch(self.rows(samples, loss_weights), features)
 
-        Raises ValueError naming the sample for a task that the run does not have and a target of more than
-        `max_target_length` tokens, and naming the image for missing features or features of another shape.
+    def rows(self, samples: Sequence[Sample], loss_weights: Sequence[float]) -> list[Row]:
+        """The samples as token ids, one loss weight a sample.
+
+        Raises UnusableSample for a target of more than `max_target_length` tokens, and ValueError naming the sample for
+        a task that the run does not have.
         """
         for sample in samples:
-            if sample.task not in self.rows:
-                raise ValueError(f"sample {sample.key!r}: task {sample.task!r} is not one of {', '.join(self.rows)}")
-        order = sorted(range(len(samples)), key=lambda i: (self.rows[samples[i].task], samples[i].image or ""))
-        samples = [samples[i] for i in order]
-        sources, targets = self._sources(samples), self.targets(samples)
-        tasks, task_rows = _distinct([self.rows[sample.task] for sample in samples])
+            if sample.task not in self._rows:
+                raise ValueError(f"sample {sample.key!r}: task {sample.task!r} is not one of {', '.join(self._rows)}")
+        targets = self.targets(samples)
+        return [Row(*row) for row in zip(samples, self._sources(samples), targets, loss_weights, strict=True)]
+
+    def batch(self, rows: Sequence[Row], features: Mapping[str, np.ndarray]) -> Batch:
+        """Rows as one padded micro-batch, sorted by condition. features: image id -> (V, F).
+
+        Raises ValueError naming the image for missing features or features of another shape.
+        """
+        rows = sorted(rows, key=lambda row: (self._rows[row.sample.task], row.sample.image or ""))
+        samples = [row.sample for row in rows]
+        tasks, task_rows = _distinct([self._rows[sample.task] for sample in samples])
         images, image_rows = self._images(samples, features) if self.grid else (None, None)
-        labels = _padded(targets, IGNORED)
+        labels = _padded([row.target for row in rows], IGNORED)
         return Batch(
-            input_ids=_padded(sources, self.tokenizer.pad_token_id),
-            attention_mask=_padded([[1] * len(tokens) for tokens in sources], 0),
+            input_ids=_padded([row.source for row in rows], self.tokenizer.pad_token_id),
+            attention_mask=_padded([[1] * len(row.source) for row in rows], 0),
             labels=labels,
             targets=(labels.flatten() != IGNORED).nonzero().squeeze(1),
             tasks=torch.tensor(tasks),
             task_rows=torch.tensor(task_rows),
             images=images,
             image_rows=image_rows,
-            loss_weights=torch.tensor([loss_weights[i] for i in order], dtype=torch.float32),
+            loss_weights=torch.tensor([row.loss_weight for row in rows], dtype=torch.float32),
             samples=tuple(samples),
         )
 
@@ -93,18 +121,20 @@ class Collator:
             self.truncated += sum(len(row) > self.max_source_length for row in whole)
         return [row or [self.tokenizer.eos_token_id] for row in rows]  # a first target token must follow something
 
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """Tokens of all the texts together, uncut."""
+        return sum(map(len, self.tokenizer(list(texts), verbose=False)["input_ids"])) if texts else 0
+
     def targets(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Token ids of the samples' targets; raises ValueError naming a sample whose target is too long."""
+        """Token ids of the samples' targets; raises UnusableSample for one whose target is too long."""
         texts = [sample.target for sample in samples]
         targets = self.tokenizer(text_target=texts, add_special_tokens=self.ends_targets)["input_ids"]
         if not self.ends_targets:
             targets = [[*tokens, self.tokenizer.eos_token_id] for tokens in targets]
         for sample, tokens in zip(samples, targets, strict=True):
             if len(tokens) > self.max_target_length:
-                raise ValueError(
-                    f"sample {sample.key!r} of task {sample.task!r}: its target has {len(tokens)} tokens, "
-                    f"data.max_target_length is {self.max_target_length}"
-                )
+                reason = f"its target has {len(tokens)} tokens, data.max_target_length is {self.max_target_length}"
+                raise UnusableSample(sample, reason)
         return targets
 
     def _images(self, samples: Sequence[Sample], features: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,17 @@
-"""The batches of a run: the endless training stream of one rank, and finite evaluation.
+"""The endless training stream of one rank.
 
-The stream's position is integers that follow what was committed to optimizer steps, never what was prefetched.
-This file must not know the model, the engine or the loss; of processes it knows only (rank, world size) as numbers.
+Its position is integers that follow what was committed to optimizer steps, never what was prefetched. This file must
+not know the model, the engine or the loss; of processes it knows only rank and world size, as numbers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
+import math
 import os
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,24 +20,34 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.contracts import Batch, Sample, StreamState
+from hyperpelt_ds.contracts import TRAIN, Batch, Hole, Sample, StreamState
+from hyperpelt_ds.data import batching
 from hyperpelt_ds.data.collate import Collator, collator_for
-from hyperpelt_ds.data.order import Order, mixture
-from hyperpelt_ds.data.reader import Reader
-from hyperpelt_ds.data.shards import MANIFEST, Manifest, read_index
-from hyperpelt_ds.tasks import get
-from hyperpelt_ds.tasks.task import check_target
+from hyperpelt_ds.data.evaluation import choose, count
+from hyperpelt_ds.data.holes import Place, read_batches
+from hyperpelt_ds.data.manifest import Manifest
+from hyperpelt_ds.data.order import Counts, Order, default_lanes, mixture
+from hyperpelt_ds.data.reader import DamagedSample, Reader
 
-TRAIN, VALIDATION = "train", "validation"
-Place = tuple[str, int]  # a task and the index of one of its samples
+_MEASURED = 16  # samples of a task whose tokens are counted to know about how many a byte makes
+
+
+@dataclass
+class _Step:
+    """A step that was planned and is not yet committed: the draws that follow it, and what of it this rank could not
+    use, once it was given out."""
+
+    drawn: Counts
+    holes: list[Hole] = field(default_factory=list)
 
 
 class TrainStream:
-    """Iterating gives, for each optimizer step, this rank's list of `accumulation` micro-batches, without end.
+    """Iterating gives, for each optimizer step, this rank's list of micro-batches, without end.
 
-    The global batch of a step is the next `train.global_batch` samples of the Order, the same for every world size.
-    `commit` is to be called after each optimizer step; a new iterator starts after the last committed step.
-    `truncated` counts the sources that were cut in the batches given out so far on this rank.
+    The global batch of a step is the next `train.global_batch` samples of the Order, the same for every world size. A
+    rank computes those of its lanes, sorted by length. `commit` is to be called after each optimizer step; a new
+    iterator starts after the last committed step. `truncated` counts the sources that were cut in the batches given out
+    so far on this rank. A batch's loss_weights are the tasks' own (data.loss_weights, or 1), and 0 for holes.
     """
 
     def __init__(
@@ -50,31 +60,30 @@ class TrainStream:
         world_size: int,
         state: StreamState | None = None,
     ) -> None:
-        """Raises ValueError for batch sizes, features, tasks or a state that do not fit; nothing is read before."""
+        """Raises ValueError for batch sizes, features, tasks or a state that do not fit."""
+        data, train = config.data, config.train
         self.manifest, self.config = manifest, config
         self.rank, self.world_size = rank, world_size
-        self.accumulation = _accumulation(config.train.global_batch, config.train.micro_batch, world_size)
+        lanes = data.lanes or default_lanes(train.global_batch)
+        self.accumulation = batching.accumulation(train.global_batch, train.micro_batch, lanes, world_size)
         _check_features(manifest, config)
         self._reader = Reader(manifest)
-        shots, salt = config.data.shots, str(config.train.seed)
+        counts = count(manifest, data.train_tasks or tasks, TRAIN)
         self._chosen = {
-            task: _chosen(self._reader, task, TRAIN, count, shots, salt)
-            for task, count in _counts(manifest, config.data.train_tasks or tasks, TRAIN).items()
+            task: choose(self._reader, task, TRAIN, n, data.shots, str(train.seed)) for task, n in counts.items()
         }
-        counts = {task: len(chosen) for task, chosen in self._chosen.items()}
-        probabilities = mixture(counts, config.data.temperature, config.data.task_weights)
-        self.order = Order(counts, config.train.seed, probabilities)
+        sizes = {task: [shard.samples for shard in manifest.shards(task, TRAIN)] for task in counts}
+        sizes |= {task: [len(chosen)] for task, chosen in self._chosen.items() if len(chosen) < counts[task]}
+        probabilities = mixture({task: sum(of) for task, of in sizes.items()}, data.temperature, data.task_weights)
+        self.order = Order(sizes, train.seed, probabilities, lanes)
         if state is not None:
-            _check_state(state, self._state(dict.fromkeys(counts, 0)))
+            _check_state(state, self._state(self.order.start()))
         self.truncated = 0
-        self._drawn = dict(state.counts) if state else dict.fromkeys(counts, 0)
-        self._planned: deque[dict[str, int]] = deque()  # the draws that follow each step not yet committed
-        self._given = 0  # how many of those steps the loop has been given
-        self._micro_batches = _MicroBatches(
-            self._reader,
-            collator_for(config, tasks, tokenizer),
-            self.accumulation * world_size / config.train.global_batch,
-        )
+        self._drawn = state.counts if state else self.order.start()
+        self._planned: deque[_Step] = deque()  # not yet committed, oldest first
+        self._given = 0  # how many of them the loop has been given
+        self._collator = collator_for(config, tasks, tokenizer)
+        self._tokens_per_byte = {task: self._measure(task) for task in counts} if train.micro_tokens else {}
 
     def __iter__(self) -> Iterator[list[Batch]]:
         self._planned.clear()
@@ -84,169 +93,105 @@ class TrainStream:
             # before the fork, after which tokenizers would warn in every worker and set the same
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         loader = DataLoader(
-            self._micro_batches,
+            _Steps(self._reader, self._collator, self.config),
             batch_sampler=self._plan(),
             collate_fn=_same,
             num_workers=workers,
             worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # else it would draw a seed from the global generator that dropout uses
         )
-        step: list[Batch] = []
-        for fields, truncated in loader:
-            if isinstance(fields, ValueError):
-                raise fields
-            step.append(_unpacked(fields))
+        for batches, holes, truncated in loader:
+            if isinstance(batches, Exception):
+                raise batches
             self.truncated += truncated
-            if len(step) == self.accumulation:
-                self._given += 1
-                yield step
-                step = []
+            self._planned[self._given].holes += holes
+            self._given += 1
+            yield [_unpacked(fields) for fields in batches]
 
     def samples(self, task: str, limit: int) -> list[Sample]:
-        """At most `limit` of the samples that this stream draws of a task."""
-        return [self._reader.sample(task, TRAIN, index) for index in self._chosen[task][:limit]]
+        """At most `limit` of the samples that this stream draws of a task, spread over them, without damaged ones."""
+        chosen = self._chosen[task]
+        taken = min(limit, len(chosen))
+        found = []
+        for number in range(taken):
+            try:
+                found.append(self._reader.sample(task, TRAIN, chosen[number * len(chosen) // taken]))
+            except DamagedSample:
+                continue
+        return found
 
-    def commit(self) -> None:
-        """Counts the oldest step not yet committed as done, whether its update was applied or skipped."""
+    def commit(self) -> list[Hole]:
+        """Counts the oldest step not yet committed as done, whether its update was applied or skipped.
+
+        Returns the samples of it that this rank could not use.
+        """
         assert self._given, "commit() without a step given out before"
         self._given -= 1
-        self._drawn = self._planned.popleft()
+        step = self._planned.popleft()
+        self._drawn = step.drawn
+        return step.holes
 
     def state(self) -> StreamState:
         """The position after the last committed step; the same on every rank."""
         return self._state(self._drawn)
 
-    def _state(self, drawn: dict[str, int]) -> StreamState:
-        return StreamState(self.config.train.seed, self.manifest.digest, sum(drawn.values()), dict(drawn))
+    def _state(self, drawn: Counts) -> StreamState:
+        train = self.config.train
+        copied = {task: list(lanes) for task, lanes in drawn.items()}
+        samples = sum(map(sum, copied.values()))
+        return StreamState(train.seed, self.manifest.digest, self.order.lanes, train.global_batch, samples, copied)
 
-    def _plan(self) -> Iterator[list[Place]]:
-        """The places of this rank's micro-batches, step after step; runs ahead of the reading."""
-        drawn = self._drawn
+    def _plan(self) -> Iterator[Any]:  # of what _Steps takes; torch's type for it is a list
+        """This rank's places of step after step, and how many micro-batches they make; runs ahead of the reading."""
+        train, lanes = self.config.train, self.order.lanes
+        shares = [batching.share(train.global_batch, lanes, rank, self.world_size) for rank in range(self.world_size)]
+        drawn, first = self._drawn, sum(map(sum, self._drawn.values()))
         while True:
-            places, drawn = self.order.draw(drawn, self.config.train.global_batch)
-            places = [(task, self._chosen[task][number]) for task, number in places]
-            self._planned.append(drawn)
-            lengths = [self._reader.length(task, TRAIN, index) for task, index in places]
-            yield from _share(places, lengths, self.config.train.micro_batch, self.rank, self.world_size)
+            draws, drawn = self.order.draw(drawn, train.global_batch)
+            own = [self._place(first + place, *draws[place]) for place in shares[self.rank]]
+            parts = self.accumulation
+            if train.micro_tokens:  # as many as the rank that needs most of them
+                costs = [self._cost(self._place(first + place, *draw)) for place, draw in enumerate(draws)]
+                parts = max(batching.needed([costs[i] for i in ranks], train.micro_tokens) for ranks in shares)
+            self._planned.append(_Step(drawn))
+            yield own, parts
+            first += train.global_batch
+
+    def _place(self, position: int, task: str, lane: int, draw: int) -> Place:
+        return Place(position, task, self._chosen[task][self.order.locate(task, lane, draw)])
+
+    def _cost(self, place: Place) -> batching.Cost:
+        """About how many tokens a sample's source and target have."""
+        rate = self._tokens_per_byte[place.task]
+        source, target = self._reader.lengths(place.task, TRAIN, place.number)
+        limit = self.config.data.max_source_length
+        return min(limit, 1 + math.ceil(source * rate)), 1 + math.ceil(target * rate)
+
+    def _measure(self, task: str) -> float:
+        """Tokens that a byte of the task's sources makes."""
+        samples = self.samples(task, _MEASURED)
+        texts = [sample.source for sample in samples if sample.source]
+        size = sum(len(text.encode()) for text in texts)
+        return self._collator.count_tokens(texts) / size if size else 1.0
 
 
-class _MicroBatches(Dataset[Any]):
-    """Reads and collates the places of one micro-batch; holds no position, so any worker may serve any of them.
+class _Steps(Dataset[Any]):
+    """Reads and collates a rank's places of one step; holds no position, so any worker may serve any step.
 
     An error comes back as a value, so that the caller can raise itself and not torch's wrapping of it.
     """
 
-    def __init__(self, reader: Reader, collator: Collator, weight: float) -> None:
-        self.reader, self.collator, self.weight = reader, collator, weight
+    def __init__(self, reader: Reader, collator: Collator, config: Config) -> None:
+        self.reader, self.collator = reader, collator
+        self.weights, self.budget = config.data.loss_weights, config.train.micro_tokens
 
-    def __getitems__(self, places: list[Place]) -> tuple[tuple[Any, ...] | ValueError, int]:
-        before = self.collator.truncated
+    def __getitems__(self, step: tuple[list[Place], int]) -> tuple[list[tuple[Any, ...]] | ValueError, list[Hole], int]:
+        before, (places, parts) = self.collator.truncated, step
         try:
-            batch = _read(self.reader, self.collator, TRAIN, places, [self.weight] * len(places))
+            batches, holes = read_batches(self.reader, self.collator, TRAIN, places, self.weights, parts, self.budget)
         except ValueError as error:
-            return error, 0
-        return _packed(batch), self.collator.truncated - before
-
-
-def evaluation_batches(
-    manifest: Manifest,
-    split: str,
-    tasks: Sequence[str],
-    collator: Collator,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    limit_per_task: int = 0,
-) -> Iterator[Batch]:
-    """Every sample of `split` once over all ranks, in batches of at most `batch_size`, sorted by length.
-
-    Each rank is given the same number of batches; where samples run out, a batch holds one of weight 0. A limit
-    takes the same samples of a task every time, those whose keys have the smallest hashes; 0 takes all.
-    """
-    reader = Reader(manifest)
-    counts = _counts(manifest, tasks, split)
-    places = [(task, i) for task in tasks for i in _chosen(reader, task, split, counts[task], limit_per_task)]
-    places.sort(key=lambda place: reader.length(place[0], split, place[1]))
-    batches = -(-len(places) // (batch_size * world_size)) * world_size
-    for batch in range(rank, batches, world_size):
-        start, end = (len(places) * edge // batches for edge in (batch, batch + 1))
-        own = places[start:end]
-        yield _read(reader, collator, split, own or places[:1], [1.0] * len(own) or [0.0])
-
-
-def check_samples(manifest: Manifest, tasks: Sequence[str], collator: Collator, rank: int, world_size: int) -> None:
-    """Reads this rank's share of all training and validation samples before the first step.
-
-    Raises ValueError naming the sample for a target that is too long or none of its task's labels, a damaged sample,
-    and an image without features: each would otherwise stop the run only when it is first drawn.
-    """
-    reader = Reader(manifest)
-    if collator.grid and manifest.features:
-        for shard in manifest.features.shards:  # one image of each, for the shape
-            reader.image(read_index(manifest.folder / shard.path).keys[0])
-    for task, split in itertools.product(tasks, (TRAIN, VALIDATION)):
-        own = range(rank, manifest.count(task, split), world_size)
-        for start in range(0, len(own), 1024):
-            samples = [reader.sample(task, split, index) for index in own[start : start + 1024]]
-            collator.targets(samples)
-            for sample in samples:
-                check_target(get(task), sample.key, sample.target)
-            for sample in samples:
-                if collator.grid and sample.image is not None and not reader.has_image(sample.image):
-                    reader.images([sample])  # raises with the names
-
-
-def read_texts(manifest: Manifest, task: str, split: str) -> list[Sample]:
-    """All samples of one split of one task, in the order of the shards."""
-    reader = Reader(manifest)
-    return [reader.sample(task, split, index) for index in range(manifest.count(task, split))]
-
-
-def _read(reader: Reader, collator: Collator, split: str, places: Sequence[Place], weights: Sequence[float]) -> Batch:
-    samples = [reader.sample(task, split, index) for task, index in places]
-    return collator(samples, reader.images(samples) if collator.grid else {}, weights)
-
-
-def _share(
-    places: Sequence[Place], lengths: Sequence[int], micro_batch: int, rank: int, world_size: int
-) -> Iterator[list[Place]]:
-    """This rank's micro-batches of a global batch: neighbours in length, dealt to and fro so that ranks cost the same.
-
-    In each round all ranks are given micro-batches of neighbouring lengths, and the direction changes every round.
-    """
-    by_length = [places[i] for i in sorted(range(len(places)), key=lambda i: lengths[i])]
-    for turn, start in enumerate(range(0, len(places), micro_batch * world_size)):
-        seat = rank if turn % 2 == 0 else world_size - 1 - rank
-        yield by_length[start + seat * micro_batch : start + (seat + 1) * micro_batch]
-
-
-def _counts(manifest: Manifest, tasks: Sequence[str], split: str) -> dict[str, int]:
-    counts = {task: manifest.count(task, split) for task in tasks}
-    for task in tasks:
-        if not counts[task]:
-            raise ValueError(f"task {task!r} has no samples of split {split!r} in {manifest.folder / MANIFEST}")
-    return counts
-
-
-def _chosen(reader: Reader, task: str, split: str, count: int, limit: int, salt: str = "") -> Sequence[int]:
-    """The places of `limit` samples (0: all), those whose keys have the smallest hashes under `salt`."""
-    if not 0 < limit < count:
-        return range(count)
-    return sorted(range(count), key=lambda i: hashlib.sha256((salt + reader.key(task, split, i)).encode()).digest())[
-        :limit
-    ]
-
-
-def _accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
-    if global_batch % (micro_batch * world_size) == 0:
-        return global_batch // (micro_batch * world_size)
-    share = global_batch // world_size
-    fitting = [m for m in range(1, share + 1) if global_batch % (m * world_size) == 0]
-    allowed = f"micro-batches that fit: {fitting}" if fitting else "the world size does not divide the global batch"
-    raise ValueError(
-        f"train.global_batch {global_batch} is not a multiple of train.micro_batch {micro_batch} "
-        f"x world size {world_size}; {allowed}"
-    )
+            return error, [], 0
+        return [_packed(batch) for batch in batches], holes, self.collator.truncated - before
 
 
 def _check_features(manifest: Manifest, config: Config) -> None:
@@ -258,21 +203,22 @@ def _check_features(manifest: Manifest, config: Config) -> None:
     for name in ("cells", "channels", "encoder", "image_size", "stage"):
         if name in made and made[name] != getattr(wanted, name):
             raise ValueError(
-                f"vision.{name} is {getattr(wanted, name)!r}, but the features of {manifest.folder / MANIFEST} "
-                f"have {made[name]!r}"
+                f"vision.{name} is {getattr(wanted, name)!r}, but the features of {manifest.path} have {made[name]!r}"
             )
 
 
 def _check_state(state: StreamState, fresh: StreamState) -> None:
-    for name in ("seed", "manifest"):
+    for name in ("seed", "manifest", "lanes", "global_batch"):
         if getattr(state, name) != getattr(fresh, name):
             raise ValueError(
                 f"the stream to be continued has {name} {getattr(state, name)!r}, this run has {getattr(fresh, name)!r}"
             )
-    if set(state.counts) != set(fresh.counts):
-        raise ValueError(f"the stream to be continued has counts of {sorted(state.counts)}, not {sorted(fresh.counts)}")
-    if sum(state.counts.values()) != state.samples:
-        raise ValueError(f"the stream to be continued has samples {state.samples}, but its counts are {state.counts}")
+    shape, expected = ({task: len(lanes) for task, lanes in sorted(s.counts.items())} for s in (state, fresh))
+    if shape != expected:
+        raise ValueError(f"the stream to be continued has counts of {shape} (task: lanes), not {expected}")
+    total = sum(map(sum, state.counts.values()))
+    if total != state.samples:
+        raise ValueError(f"the stream to be continued has samples {state.samples}, but its counts sum to {total}")
 
 
 def _packed(batch: Batch) -> tuple[Any, ...]:

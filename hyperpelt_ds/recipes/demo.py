@@ -42,7 +42,7 @@ def demo() -> Config:
         train=TrainConfig(
             steps=900,
             global_batch=32,
-            micro_batch=8,
+            micro_batch=4,
             learning_rate=5e-4,
             warmup_steps=60,
             log_every=20,

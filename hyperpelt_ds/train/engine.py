@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from hyperpelt_ds import config as configuration
 from hyperpelt_ds import dist
 from hyperpelt_ds.config import Config, TrainConfig
+from hyperpelt_ds.data import batching
+from hyperpelt_ds.data.order import default_lanes
 
 STATE_TAG = "state"
 
@@ -104,12 +106,8 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
     """
     tree = _read(Path(path))
     train = config.train
-    if train.global_batch % (train.micro_batch * world_size):
-        raise ValueError(
-            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch} "
-            f"x {world_size} processes"
-        )
-    accumulation = train.global_batch // (train.micro_batch * world_size)
+    lanes = config.data.lanes or default_lanes(train.global_batch)
+    accumulation = batching.accumulation(train.global_batch, train.micro_batch, lanes, world_size)
     recipe = {
         "train_batch_size": (train.global_batch, "train.global_batch"),
         "train_micro_batch_size_per_gpu": (train.micro_batch, "train.micro_batch"),
@@ -178,16 +176,23 @@ class Engine:
         """The sections of the DeepSpeed configuration that decide in which type things are computed."""
         self.model: nn.Module = engine.module
         self.stage = int(engine.zero_optimization_stage())
+        self.accumulation = int(engine.gradient_accumulation_steps())
+        """What DeepSpeed divides a micro-batch's loss by."""
         self._gradient_norm = torch.zeros(())
         self._finite = True
         if self.stage == 0:
             engine.optimizer.register_step_pre_hook(self._leave_out_not_finite)
 
-    def forward(self, batch: Any) -> Any:
+    def forward(self, batch: Any, last: bool) -> Any:
+        """The model on a micro-batch; `last` if it is the step's last one.
+
+        A step may have more or fewer than `accumulation`, but must have the same number on every rank.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
         return self._engine(batch)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds a micro-batch's gradient; to be called as often as the configuration accumulates."""
+        """Adds the gradient of the micro-batch just forwarded, divided by `accumulation` and the world size."""
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch

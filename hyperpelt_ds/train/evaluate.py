@@ -16,11 +16,11 @@ import numpy as np
 
 from hyperpelt_ds import dist, tasks
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.contracts import TRAIN, Sample
 from hyperpelt_ds.data.collate import collator_for
-from hyperpelt_ds.data.loader import evaluation_batches, read_texts
+from hyperpelt_ds.data.evaluation import evaluation_batches, read_texts
+from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import Reader
-from hyperpelt_ds.data.shards import MANIFEST, Manifest
 from hyperpelt_ds.model import HyperPELT, identity_of, load
 from hyperpelt_ds.tasks import Task, baselines, glue, metrics
 from hyperpelt_ds.train import engine
@@ -46,7 +46,7 @@ def validate(
     names = [name for name in config.trained_tasks if manifest.count(name, split)]
     left_out = [name for name in config.trained_tasks if name not in names]
     if not names:
-        raise ValueError(f"no task of the run has samples of split {split!r} in {manifest.folder / MANIFEST}")
+        raise ValueError(f"no task of the run has samples of split {split!r} in {manifest.path}")
     if left_out:
         warnings.warn(f"not scored, without samples of split {split!r}: {', '.join(left_out)}", stacklevel=2)
     collator = collator_for(config, config.data.tasks, model.backbone.tokenizer)
@@ -103,7 +103,7 @@ def evaluate(
         names = [name for name in run.model.tasks if name in manifest.tasks]
         left_out = [name for name in run.model.tasks if name not in names]
         if left_out:
-            log.info("not scored, since %s does not hold them: %s", manifest.folder, ", ".join(left_out))
+            log.info("not scored, since %s does not hold them: %s", manifest.path, ", ".join(left_out))
     names = known_tasks(names, run.model.tasks, run_dir)
     if manifest_path is None and manifest.digest != identity_of(Path(run_dir))["manifest"]:
         raise ValueError(
@@ -121,7 +121,7 @@ def evaluate(
             with CONTROLS[control](run, some) as changed:
                 others[control] = answers(changed, ask, size)
         if dist.rank() == 0:
-            rows[name] = _row(tasks.get(name), samples, texts, read_texts(manifest, name, "train"))
+            rows[name] = _row(tasks.get(name), samples, texts, read_texts(manifest, name, TRAIN, skip_damaged=True))
             rows[name] |= _contrast(tasks.get(name), some, others) | {"truncated": truncated}
             log.info("%s: score %.3f, %d samples", name, rows[name]["score"], len(samples))
     scoring = time.monotonic() - start

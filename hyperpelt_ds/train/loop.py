@@ -24,18 +24,19 @@ import torch
 from hyperpelt_ds import config as configuration
 from hyperpelt_ds import dist, tasks
 from hyperpelt_ds.config import Config
+from hyperpelt_ds.contracts import VALIDATION
+from hyperpelt_ds.data.check import check_samples
 from hyperpelt_ds.data.collate import collator_for
-from hyperpelt_ds.data.loader import TrainStream, check_samples
-from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.data.loader import TrainStream
+from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.model import IDENTITY, HyperPELT, build, description_sample, identity_of
 from hyperpelt_ds.train import checkpoint, engine, evaluate, transfer
 from hyperpelt_ds.train.checkpoint import Progress
 from hyperpelt_ds.train.engine import Engine
+from hyperpelt_ds.train.ledger import Ledger
 from hyperpelt_ds.train.metrics import Window, Writer
 
 log = dist.logger(__name__)
-
-VALIDATION = "validation"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
     """
     folder = Path(run_dir)
     _claim(folder, resume)
-    manifest = Manifest.load(config.data.manifest)
+    manifest = Manifest.of(config.data)
     config = resolve(config, manifest)
     settings = engine.merge(ds_config, config, dist.world_size())  # for its errors, before minutes of loading
     engine.start_distributed()
@@ -169,6 +170,7 @@ def _steps(run: Run, progress: Progress) -> None:
         f"step {progress.step} of {train.steps}"
     )
     writer = Writer(run.folder, progress.step)
+    ledger = Ledger(run.folder, progress.step, run.config.data)
     window = Window(run.config.data.tasks, dist.device())
     batches = iter(run.stream)
     clock = _Clock(progress.step, train.steps, progress.seconds)
@@ -179,21 +181,27 @@ def _steps(run: Run, progress: Progress) -> None:
         with window.waiting():
             micro_batches = next(batches)
         learning_rate = run.engine.learning_rate()
-        for micro_batch in micro_batches:
+        # The loss is the mean over the usable samples of the global batch: how many there are is known only now, and
+        # DeepSpeed divides by the micro-batches and the ranks.
+        usable = dist.total(sum(int((batch.loss_weights > 0).sum()) for batch in micro_batches))
+        scale = run.engine.accumulation * dist.world_size() / usable.clamp(min=1)
+        for number, micro_batch in enumerate(micro_batches, 1):
             batch = micro_batch.to(dist.device())
-            output = run.engine.forward(batch)
+            batch = batch._replace(loss_weights=batch.loss_weights * scale)
+            output = run.engine.forward(batch, last=number == len(micro_batches))
             run.engine.backward(output.loss)
             window.add(batch, output.sample_losses)
         # All gradients are there and no weight has changed: here the ranks can still agree to skip, stop or roll back.
         if not run.engine.step():
             log.warning("step %d: the gradient is not finite, no weight was changed", step)
-        run.stream.commit()
+        ledger.write(step, run.stream.commit())
         progress = dataclasses.replace(progress, step=step, stream=run.stream.state(), seconds=clock.seconds())
 
         last = step == train.steps
         if step % train.log_every == 0 or last:
             values = window.read()
             values["data/truncated"] = sum(dist.gather(run.stream.truncated))
+            values["data/holes"] = ledger.count(progress.stream.samples)
             values["train/learning_rate"] = learning_rate
             values["train/gradient_norm"] = run.engine.gradient_norm()
             writer.write(step, values)

@@ -9,6 +9,7 @@ The only file that writes TensorBoard events. Both files get the same names. It 
     perf/memory_gib                     peak of the busiest rank: device memory, or the process's on a CPU
     data/padding_share                  share of the batches' token places that were padding
     data/truncated                      sources cut at data.max_source_length since this process began, over all ranks
+    data/holes                          samples that were drawn and could not be used, since the run's first step
     data/wait_fraction                  share of the time spent waiting for batches
     eval/<task>/<metric>, eval/mean     on the validation split
 """
@@ -102,7 +103,7 @@ class Writer:
         self._lines = run_dir / LINES
         if dist.rank() == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
-            _drop_after(self._lines, step)
+            drop_after(self._lines, step)
             self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -119,7 +120,7 @@ class Writer:
             self._board.close()
 
 
-def _drop_after(lines: Path, step: int) -> None:
+def drop_after(lines: Path, step: int) -> None:
     """Keeps the lines up to `step`; a half-written last line goes as well."""
     if not lines.is_file():
         return

@@ -14,8 +14,8 @@ from typing import Any
 
 from hyperpelt_ds import dist
 from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import Reader
-from hyperpelt_ds.data.shards import Manifest
 from hyperpelt_ds.model import Predictor, load
 from hyperpelt_ds.tasks import needs_image
 from hyperpelt_ds.train import engine
@@ -140,7 +140,7 @@ def _stored(manifest: Manifest, names: Sequence[str], split: str) -> list[Sample
     """The split's samples of those of `names` that have any, less their targets, which answers do not depend on."""
     here = [name for name in names if name in manifest.tasks]
     if not here:
-        raise ValueError(f"{manifest.folder} holds {', '.join(manifest.tasks)}, but not {' or '.join(names)}")
+        raise ValueError(f"{manifest.path} holds {', '.join(manifest.tasks)}, but not {' or '.join(names)}")
     chosen = [name for name in here if manifest.count(name, split)] or here[:1]  # the first, to say what it lacks
     samples = [sample for name in chosen for sample in split_samples(manifest, name, split)]
     return [dataclasses.replace(sample, target="") for sample in samples]
