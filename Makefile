@@ -41,6 +41,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy data_prep
 
 clean:
 	rm -rf .venv data runs

@@ -73,6 +73,7 @@ RENDERED = {
     "coco_caption": ({"caption": "A dog on a mat."}, "", "A dog on a mat."),
     "okvqa": ({"question": "Who made it?", "answer": "ford"}, "Who made it?", "ford"),
     "snli_ve": ({"hypothesis": "A dog runs.", "label": 0}, "hypothesis: A dog runs.", "0"),
+    "nlvr2": ({"sentence": "Both dogs sit.", "label": "True"}, "Both dogs sit.", "true"),
 }
 
 

@@ -10,10 +10,12 @@ had (test sets without answers), the example gives no sample.
     coco_caption            caption                                       all captions of the image, in held-out splits
     snli_ve                 hypothesis, label (0 entailment, 1 neutral,   none
                             2 contradiction, -1 none)
+    nlvr2                   sentence, label ("True", "False")             none
 
 `answer` of vqa_v2 and okvqa is the training target: one of the answers, drawn by the builder with probability
 proportional to its soft score. In held-out splits it is not scored (the references are) and may be the commonest one.
-coco_caption has one sample a caption in training and one sample an image in held-out splits.
+coco_caption has one sample a caption in training and one sample an image in held-out splits. An "image" of nlvr2 is a
+pair of them, whose cells lie one after the other.
 """
 
 from __future__ import annotations
@@ -28,6 +30,14 @@ def _answer(example: Example) -> tuple[str, str] | None:
 def _caption(example: Example) -> tuple[str, str] | None:
     """No words are asked with: the encoder is given the end-of-text token alone, and the image."""
     return ("", example["caption"]) if example["caption"] else None
+
+
+def _judgement(example: Example) -> tuple[str, str]:
+    """The sentence as it is; the label as a word that the model knows."""
+    label = example["label"]
+    if label not in ("True", "False"):
+        raise ValueError(f"label {label!r} is not one of True, False")
+    return example["sentence"].strip(), label.lower()
 
 
 VL = (
@@ -71,5 +81,14 @@ VL = (
         "Decide whether the photo entails the hypothesis (0), leaves it open (1) or contradicts it (2).",
         classify("hypothesis", classes=3),
         labels=("0", "1", "2"),
+    ),
+    Task(
+        "nlvr2",
+        "vision",
+        ("accuracy",),
+        "is a sentence true of two photos; NLVR2 (Suhr et al. 2019), CC BY 4.0, on photos under their own terms",
+        "Decide whether the sentence is true of the two photos, the left and the right one.",
+        _judgement,
+        labels=("false", "true"),
     ),
 )
