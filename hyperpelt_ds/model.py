@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,8 +25,8 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Conditions, Sample, Weights
 from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.hypernet import HyperNetwork
-from hyperpelt_ds.tasks import TASKS, get, needs_image
-from hyperpelt_ds.vision import VisionEncoder, load_encoder
+from hyperpelt_ds.tasks import TASKS, adopt, get, needs_image
+from hyperpelt_ds.vision import Picture, VisionEncoder, load_encoder
 
 IDENTITY = "identity.json"
 
@@ -58,7 +57,6 @@ class HyperPELT(nn.Module):
         )
         self.tasks = tuple(tasks)
         self.label_smoothing = config.train.label_smoothing
-        self.sentence_encoder = config.hypernet.sentence_encoder
         self.backbone = backbone  # no nn.Module, so registration does not see its parameters
         self.trained_backbone = backbone.model if backbone.trainable else None
 
@@ -242,15 +240,17 @@ class Predictor:
         self,
         task: str | Sequence[str],
         texts: Sequence[str],
-        images: Sequence[Image.Image | str | Path | None] | None = None,
+        images: Sequence[Picture | Sequence[Picture] | None] | None = None,
         num_beams: int = 1,
         max_new_tokens: int | None = None,
     ) -> list[str]:
         """The generated text for each of `texts`, in their order.
 
-        `task` is one name for all texts, or one a text: a call may mix tasks, and texts with images and without.
-        Weights are generated once for the call, for every distinct task and image in it. Raises ValueError for an
-        unknown task, for lists of different lengths, and for an image given to a run without images.
+        `task` is one name for all texts, or one a text: a call may mix tasks, and texts with images and without. An
+        image is a picture or a file of one, or both pictures of a pair for a run that was trained on pairs. Weights
+        are generated once for the call, for every distinct task and image in it. Raises ValueError for an unknown
+        task, for lists of different lengths, for an image given to a run without images, and for one that cannot be
+        read.
         """
         names = [task] * len(texts) if isinstance(task, str) else list(task)
         pictures = list(images) if images is not None else [None] * len(texts)
@@ -283,19 +283,27 @@ class Predictor:
         order = {int(sample.key): text for sample, text in zip(batch.samples, decoded, strict=True)}
         return [order[i] for i in range(len(texts))]
 
-    def features(self, images: Sequence[Image.Image | str | Path]) -> Tensor:
-        """The features (images, V, F) of pictures or files of pictures, by the encoder that the run was trained with.
+    def features(self, images: Sequence[Picture | Sequence[Picture]]) -> Tensor:
+        """The features (images, V, F) of pictures or files of pictures, by the encoder that the run was trained with;
+        of several given as one image, the cells of one after the other.
 
-        Raises ValueError for a run without images, an encoder that is another one now, and a file that is no picture.
+        Raises ValueError for a run without images, an encoder that is another one now, another number of pictures an
+        image than the run was trained on, and (as UnreadableImage, with its name) a picture that cannot be read.
         """
         if self.config.vision.encoder is None:
             raise ValueError("an image was given, but this run was trained without images (vision.encoder is not set)")
         if self._encoder is None:
-            self._encoder = load_encoder(self.config.vision)
+            self._encoder = load_encoder(self.config.vision, next(self.model.parameters()).device)
             made_with, now = self.made_with or {}, self._encoder.describe()
             if any(key in made_with and made_with[key] != value for key, value in now.items()):
                 raise ValueError(f"the run was trained on features of {made_with}, but vision.* now gives {now}")
-        return self._encoder.encode([_open(image) for image in images])
+        groups = [_pictures(image) for image in images]
+        expected = self.config.vision.cells // self._encoder.cells
+        for group in groups:
+            if len(group) != expected:
+                raise ValueError(f"an image of this run is {expected} pictures, got {len(group)}: {group}")
+        cells = self._encoder.encode([picture for group in groups for picture in group])
+        return cells.view(len(groups), -1, self._encoder.channels)
 
 
 def _needs_image(task: str) -> bool:
@@ -303,19 +311,12 @@ def _needs_image(task: str) -> bool:
     return task in TASKS and needs_image(task)
 
 
-def _identity(image: Image.Image | str | Path) -> Any:
-    return id(image) if isinstance(image, Image.Image) else str(image)
+def _pictures(image: Picture | Sequence[Picture]) -> list[Picture]:
+    return [image] if isinstance(image, Picture) else list(image)
 
 
-def _open(image: Image.Image | str | Path) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    try:
-        opened = Image.open(image)
-        opened.load()  # only this reads the pixels
-        return opened
-    except OSError as error:
-        raise ValueError(f"cannot read image {str(image)!r}: {error}") from error
+def _identity(image: Picture | Sequence[Picture]) -> tuple[Any, ...]:
+    return tuple(str(p) if isinstance(p, str | Path) else id(p) for p in _pictures(image))
 
 
 def load(run_dir: str | Path, device: str | torch.device = "cpu", tasks: Sequence[str | Path] = ()) -> Predictor:
@@ -328,8 +329,9 @@ def load(run_dir: str | Path, device: str | torch.device = "cpu", tasks: Sequenc
         raise ValueError(f"{folder} is no run: it has no config.json")
     config = configs.load(folder / "config.json")
     weights = weights_file(folder)
-    model = build(config, config.data.tasks)
     identity = identity_of(folder)
+    adopt(identity.get("records", {}))
+    model = build(config, config.data.tasks)
     if model.backbone.fingerprint() != identity["backbone"]:
         raise ValueError(f"{folder} was trained on another backbone than {config.model.backbone} now holds")
     state = load_file(weights)
@@ -341,7 +343,7 @@ def load(run_dir: str | Path, device: str | torch.device = "cpu", tasks: Sequenc
         differences = "; ".join(f"{name} is {there} there, {here} here" for name, there, here in pairs)
         raise ValueError(f"{weights} does not fit {folder / 'config.json'}: {differences}")
     model.load_state_dict(state, strict=False)  # a trained backbone's tied weights have names that are not in the file
-    _check_descriptions(folder, model, identity.get("descriptions"))
+    _check_descriptions(folder, model, identity.get("descriptions"), config.hypernet.sentence_encoder)
     predictor = Predictor(config, model.to_device(torch.device(device)), identity["encoder"], identity["backbone"])
     for file in tasks:
         predictor.add_task(file)
@@ -364,12 +366,12 @@ def description_sample(model: HyperPELT) -> list[float] | None:
     return sample
 
 
-def _check_descriptions(folder: Path, model: HyperPELT, expected: list[float] | None) -> None:
+def _check_descriptions(folder: Path, model: HyperPELT, expected: list[float] | None, encoder: str | None) -> None:
     now = description_sample(model)
     if expected is not None and now is not None and not np.allclose(expected, now, atol=0.01):  # machines round apart
         raise ValueError(
             f"{folder} was trained with other vectors of its tasks' descriptions: the sentence encoder "
-            f"({model.sentence_encoder}) or the descriptions have changed"
+            f"({encoder}) or the descriptions have changed"
         )
 
 

@@ -22,15 +22,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import Reader
-from hyperpelt_ds.data.shards import Manifest
+from hyperpelt_ds.data.verify import faults
 from hyperpelt_ds.tasks import TASKS
 from hyperpelt_ds.tasks.demo import DEMO
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "data_prep"))  # as when a script of that folder is run
 
-import features  # noqa: E402
 import marian  # noqa: E402
 import packages  # noqa: E402
 import sources  # noqa: E402
@@ -152,22 +152,6 @@ def test_samples_are_what_the_task_renders_of_one_split(movie_archive):
     assert {sample.source: sample.target for sample in made} == {"A & B - fun.": "positive", "Dull.": "negative"}
     assert all(sample.task == "movie_sentiment" and sample.item == sample.key for sample in made)
     assert list(sources.samples(TASKS["movie_sentiment"], entries, entries[0].split))
-
-
-def test_features_come_in_order_once_an_image_from_several_processes(vqa_wheel, tmp_path, monkeypatch):
-    from hyperpelt_ds.config import VisionConfig
-    from hyperpelt_ds.vision import EfficientNetLite0, load_encoder
-
-    monkeypatch.setattr(features, "BATCH", 2)
-    torch.manual_seed(0)
-    torch.save(EfficientNetLite0().state_dict(), tmp_path / "lite.pth")
-    config = VisionConfig("efficientnet_lite0", str(tmp_path / "lite.pth"), image_size=32, stage="block2")
-    images = ["easyvqa-train-2", "easyvqa-test-0", "easyvqa-test-3"]
-    found = list(features.encode(vqa_wheel, images, config, workers=2))
-    assert [image for image, _ in found] == images
-    expected = load_encoder(config).encode([picture for _, picture in sources.pictures(vqa_wheel, images)])
-    for (_, cells), wanted in zip(found, expected, strict=True):
-        assert cells.dtype == np.float16 and np.allclose(cells, wanted.numpy(), atol=1e-2)
 
 
 # ---- packages
@@ -391,7 +375,7 @@ def test_the_whole_demo_from_the_real_packages(tmp_path):
     assert again.returncode == 0 and "nothing to do" in again.stdout
 
     manifest = Manifest.load(tmp_path / "demo" / "manifest.json")
-    manifest.verify()
+    assert list(faults(manifest)) == []
     assert list(manifest.tasks) == [task.name for task in DEMO] and manifest.features.cells == 16
     data = {task: {split: _samples(manifest, task, split) for split in sources.SPLITS} for task in manifest.tasks}
     for first, second in (("movie_sentiment", "movie_rating"), ("wikipedia_topic", "wikipedia_description")):

@@ -5,17 +5,15 @@ It knows nothing of the seq2seq models beside it, and of images only pixels: res
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def load_clip(path: str, image_size: int) -> tuple[Callable[[Tensor], Tensor], list[tuple[str, Tensor]]]:
-    """A function from pixels (B, 3, image_size, image_size), normalised by MEAN and STD, to the last layer's patch
+def load_clip(path: str, image_size: int) -> tuple[nn.Module, list[tuple[str, Tensor]]]:
+    """A module from pixels (B, 3, image_size, image_size), normalised by MEAN and STD, to the last layer's patch
     states (B, V, F) without the class token; and the tower's weights by name.
 
     `path` is a local folder or a hub id. Raises ValueError if the tower was made for another image size, and OSError
@@ -25,4 +23,13 @@ def load_clip(path: str, image_size: int) -> tuple[Callable[[Tensor], Tensor], l
     expected = model.config.image_size
     if image_size != expected:
         raise ValueError(f"vision.image_size: {path} takes images of {expected} pixels, got {image_size}")
-    return lambda pixels: model(pixel_values=pixels).last_hidden_state[:, 1:], list(model.state_dict().items())
+    return _Patches(model), list(model.state_dict().items())
+
+
+class _Patches(nn.Module):
+    def __init__(self, tower: CLIPVisionModel):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.tower(pixel_values=pixels).last_hidden_state[:, 1:]

@@ -25,6 +25,7 @@ from hyperpelt_ds.config import DataConfig
 from hyperpelt_ds.data.folder import Folder, LocalFolder, open_folder
 from hyperpelt_ds.data.index import VERSION, index_path, read_index, replace
 from hyperpelt_ds.data.lookup import Lookup
+from hyperpelt_ds.tasks import adopt_all
 
 MANIFEST = "manifest.json"
 FEATURES = "features"
@@ -117,9 +118,14 @@ class Manifest:
 
     @classmethod
     def of(cls, data: DataConfig, path: str | Path | None = None) -> Manifest:
-        """The manifest of a run's configuration (or the one at `path`), with the run's cache for remote shards."""
+        """The manifest of a run's configuration (or the one at `path`), with the run's cache for remote shards.
+
+        The tasks that only this data set has become known to `tasks`.
+        """
         cache = str(Path(data.cache).expanduser())
-        return cls.load(path or data.manifest, cache, int(data.cache_gb * 1e9))
+        manifest = cls.load(path or data.manifest, cache, int(data.cache_gb * 1e9))
+        adopt_all(manifest.tasks, manifest.about)
+        return manifest
 
     def count(self, task: str, split: str) -> int:
         """Samples of one split of one task; 0 if the task has no such split."""

@@ -55,10 +55,10 @@ class Ledger:
         ranks = dist.gather(fresh)
         holes = [hole for rank in ranks for hole in rank]
         before, self._earlier = self._earlier, self._earlier + len(holes)
-        if holes:
+        if holes and dist.rank() == 0:
             first = holes[0]
             log.warning(
-                "%d samples could not be used, for example shard %s, key %r: %s; all are in %s",
+                "samples that could not be used: %d, for example shard %s, key %r: %s; all are in %s",
                 *(len(holes), first.shard, first.key, first.reason, self._folder),
             )
         limits, total = self._limits, before + len(holes)

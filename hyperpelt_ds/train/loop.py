@@ -99,6 +99,7 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
             "manifest": manifest.digest,
             "encoder": _encoder(manifest, folder, config),
             "descriptions": description_sample(model),
+            "records": tasks.own_records(config.data.tasks),
         }
         (folder / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
         if decided is not None:

@@ -1,0 +1,108 @@
+"""Builds a task of a user's own from a table: a column of texts, one of targets, and if there is one, one of images.
+
+The task's record (what it is scored by, its labels) is stored in the data set, since this package has none for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from building import build
+from command_line import at_least, run
+
+from hyperpelt_ds import tasks
+from hyperpelt_ds.tasks import table as own_task
+
+
+def table(
+    *,
+    out: str,
+    task: str,
+    data: str = "",
+    train: str = "",
+    validation: str = "",
+    test: str = "",
+    source: str = "source",
+    target: str = "target",
+    image: str = "",
+    group: str = "",
+    references: str = "",
+    item: str = "",
+    split_by: str = "",
+    image_root: str = "",
+    metrics: str = "",
+    labels: str = "",
+    description: str = "",
+    limit: int = 0,
+    shard_size: int = 4096,
+) -> None:
+    """Write a task of your own, from JSONL, CSV, TSV or Parquet files, into a data set; its other tasks stay.
+
+    Examples:
+        python data_prep/table.py --out data/mine --task tickets --data tickets.csv --source text --target team
+            --labels auto --metrics accuracy
+        python data_prep/table.py --out data/mine --task replies --train train.jsonl --validation dev.jsonl
+        python data_prep/table.py --out data/mine --task parts --data parts.parquet --source question --target answer
+            --image photo --image_root ~/photos --validation 0.1 --test 0.1
+
+    Killed at any moment, it leaves the data set as it was and can be run again.
+
+    Args:
+        out: folder of the data set
+        task: the task's name: letters, digits, _ and -
+        data: a file that is to be split (NAME.jsonl, .csv, .tsv or .parquet), or a pattern with * for several
+        train: in place of --data, a file (or pattern) to train on; --validation and --test are then files too
+        validation: share of the items of --data to validate with, 0.05 if left out; or a file beside --train
+        test: share of the items of --data to test on, 0.1 if left out; or a file beside --train
+        source: column with what is asked; --source= for none (of an image that is only to be described)
+        target: column with what is to be answered
+        image: column with paths of images, which start at --image_root, or else at the folder of their table
+        group: column with the name of a slice that is also scored alone
+        references: column with a list of all answers that count, where a metric compares with several
+        item: column by which splits are made: equal values never fall into two splits. The source text, if left out,
+            or the image where there are images
+        split_by: column that names each row's split (train, validation, test, ...), in place of shares
+        image_root: where relative paths of images start
+        metrics: separated by commas: accuracy, f1, mcc (these need --labels), exact_match, token_f1, pearson,
+            spearman, bleu4, cider, vqa_accuracy, gqa_accuracy; accuracy if left out, or exact_match without --labels
+        labels: all targets there are, separated by commas (of two, the second is the positive one), or "auto" for those
+            that occur; a target that is none of them is an error
+        description: one sentence that says what to do, for runs that are conditioned on descriptions
+        limit: the first samples of each split only, 0 for all
+        shard_size: samples in a shard
+    """
+    from table_entries import Table, files_and_shares  # these take seconds to import; --help should not
+
+    from hyperpelt_ds.data.shards import check_names
+
+    check_names(task, "train")
+    at_least(0, limit=limit)
+    at_least(1, shard_size=shard_size)
+    tasks.adopt({task: {}})  # raises for the name of a task of this package, before anything is read
+    if not source and not image:
+        raise ValueError("--source= needs --image: there would be nothing to answer to")
+    columns = {"source": source, "target": target, "image": image, "group": group, "references": references}
+    columns |= {"item": item, "split": split_by}
+    files, shares = files_and_shares(data, train, validation, test, split_by)
+    measures = [name.strip() for name in metrics.split(",") if name.strip()]
+    closed = [label.strip() for label in labels.split(",") if label.strip()]
+    own = Table(files, shares, columns, Path(image_root) if image_root else None)
+    if labels == "auto":
+        splits, closed = own.survey(task, None)
+    record = own_task.task(
+        task, measures or ["accuracy" if closed else "exact_match"], closed, description, bool(image)
+    )
+    if labels != "auto":
+        splits, _ = own.survey(task, record)
+    tasks.adopt({task: own_task.fields(record)})
+    about = {"command": "table", "files": files, "shares": shares, "columns": columns, "limit": limit}
+    following = (
+        f"deepspeed launch/train.py --recipe {'vl_t5_base' if image else 'glue_t5_base'} "
+        f"--ds_config ds_configs/zero2.json --run_dir runs/{task} "
+        f"data.manifest={Path(out) / 'manifest.json'} data.tasks={task}"
+    )
+    build(out, {task: {split: own.entries(split) for split in splits}}, about, shard_size, limit, following)
+
+
+if __name__ == "__main__":
+    run(table)
