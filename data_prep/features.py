@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import building
 import numpy as np
 import torch
-from command_line import at_least, run
-from encoding import Item, Result, begun, cut, encode, encoder_of
-from image_lists import Files, wanted_images
+from parts import building
+from parts.command_line import at_least, run
+from parts.encoding import Item, Result, begun, cut, encode, encoder_of
+from parts.image_lists import Files, wanted_images
 
 from hyperpelt_ds.config import VisionConfig
 from hyperpelt_ds.data.index import index_path, replace

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from building import build
-from command_line import at_least, chosen, run
-from text_sets import TextSet, read
+from parts.building import build
+from parts.command_line import at_least, chosen, run
+from parts.text_sets import TextSet, read
 
 HUB = "nyu-mll/glue"
 HELD_OUT = 1000

@@ -9,12 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import building
-import coco_files
-import official
-from building import Entry, LeftOut, share
-from command_line import at_least, run
-from hub import Repository, Rows
+from parts import building, coco_files, official
+from parts.building import Entry, LeftOut, share
+from parts.command_line import at_least, run
+from parts.hub import Repository, Rows
 
 TASK = "gqa"
 ORIGIN = "questions1.2.zip, cs.stanford.edu/people/dorarad/gqa/download.html"

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from building import locked, progress
-from command_line import at_least, run
+from parts.building import locked, progress
+from parts.command_line import at_least, run
 
 from hyperpelt_ds.data.folder import LocalFolder
 from hyperpelt_ds.data.index import find_shards, refresh_index

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import building
-import official
-from building import Entry
-from command_line import at_least, run
+from parts import building, official
+from parts.building import Entry
+from parts.command_line import at_least, run
 
 TASK = "nlvr2"
 ORIGIN = "github.com/lil-lab/nlvr, folder nlvr2/data"

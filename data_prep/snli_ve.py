@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import building
-import official
-from building import Entry, LeftOut
-from command_line import at_least, run
+from parts import building, official
+from parts.building import Entry, LeftOut
+from parts.command_line import at_least, run
 
 TASK = "snli_ve"
 ORIGIN = "github.com/necla-ml/SNLI-VE"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from building import build
-from command_line import at_least, run
+from parts.building import build
+from parts.command_line import at_least, run
 
 from hyperpelt_ds import tasks
 from hyperpelt_ds.tasks import table as own_task
@@ -71,7 +71,7 @@ def table(
         limit: the first samples of each split only, 0 for all
         shard_size: samples in a shard
     """
-    from table_entries import Table, files_and_shares  # these take seconds to import; --help should not
+    from parts.table_entries import Table, files_and_shares  # these take seconds to import; --help should not
 
     from hyperpelt_ds.data.shards import check_names
 

@@ -12,9 +12,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from building import SHOTS, build, locked
-from command_line import at_least, chosen, run
-from text_sets import TextSet, read
+from parts.building import SHOTS, build, locked
+from parts.command_line import at_least, chosen, run
+from parts.text_sets import TextSet, read
 
 SETS = {
     "cb": TextSet("aps/super_glue", "cb", ("premise", "hypothesis"), item=("premise",), halved="validation"),

@@ -6,8 +6,8 @@ import sys
 import time
 from collections import Counter
 
-from building import progress
-from command_line import run
+from parts.building import progress
+from parts.command_line import run
 
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.verify import faults_by_shard

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-import building
-import coco_files
-import official
-import vqa_files
-from building import Entry, LeftOut
-from command_line import at_least, run
-from vqa_files import Question
+from parts import building, coco_files, official, vqa_files
+from parts.building import Entry, LeftOut
+from parts.command_line import at_least, run
+from parts.vqa_files import Question
 
 TASK = "vqa_v2"
 ORIGIN = "visualqa.org/download.html"

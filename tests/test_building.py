@@ -22,9 +22,8 @@ from hyperpelt_ds.data.manifest import MANIFEST, FeatureSet, Manifest, write_man
 
 sys.path.insert(0, str(ROOT / "data_prep"))  # as when a script of that folder is run
 
-import building
-import command_line
-from building import NO_LABEL, Entry, LeftOut, build
+from parts import building, command_line
+from parts.building import NO_LABEL, Entry, LeftOut, build
 
 
 def entries(n: int, split: str = "train", text: str = "") -> list[Entry]:

@@ -217,7 +217,7 @@ def test_too_few_training_samples_to_hold_out_are_an_error(glue_files, tmp_path)
 def test_without_the_hub_the_command_says_how_to_do_without(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["glue.py", "--out", str(tmp_path), "--tasks", "cola"])
     with pytest.raises(SystemExit) as stop:
-        sys.modules["command_line"].run(glue.glue)
+        sys.modules["parts.command_line"].run(glue.glue)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: nyu-mll/glue, cola train: cannot be had from the hub")
     assert "--source FOLDER" in said and "hf download nyu-mll/glue --repo-type dataset --local-dir FOLDER" in said

@@ -31,7 +31,7 @@ import nlvr2  # noqa: E402
 import okvqa  # noqa: E402
 import snli_ve  # noqa: E402
 import vqa  # noqa: E402
-import vqa_files  # noqa: E402
+from parts import vqa_files  # noqa: E402
 
 INFO = {
     "description": "",

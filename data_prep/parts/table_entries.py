@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from building import Entry, item_of, progress, share
-from table_files import Row, check, rows
-
 from hyperpelt_ds.contracts import TRAIN, VALIDATION
 from hyperpelt_ds.tasks import Task
 from hyperpelt_ds.tasks.task import check_target
+from parts.building import Entry, item_of, progress, share
+from parts.table_files import Row, check, rows
 
 TEST = "test"
 MOST_LABELS = 1000

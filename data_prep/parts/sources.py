@@ -17,14 +17,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import building
-from building import item_of, share
 from PIL import Image
 
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.tasks import Task
 from hyperpelt_ds.tasks.demo import COLOURS, SHAPES, kind_of_answer, lead
 from hyperpelt_ds.tasks.task import Example, normalise
+from parts import building
+from parts.building import item_of, share
 
 SPLITS = ("train", "validation", "test")
 VALIDATION, TEST = 0.05, 0.10  # shares of the items; easy-VQA has test images of its own

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import fire
 
-_OWN = tuple(str(Path(__file__).resolve().parents[1] / folder) for folder in ("hyperpelt_ds", "data_prep"))
+_OWN = tuple(str(Path(__file__).resolve().parents[2] / folder) for folder in ("hyperpelt_ds", "data_prep"))
 _WHOLE = ("int", "float", "bool")  # annotations whose values fire may read; all others are texts, taken as they are
 
 

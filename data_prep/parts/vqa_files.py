@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import official
-from building import NO_LABEL, Entry, LeftOut, share
-from coco_files import image_file, image_id
-
 from hyperpelt_ds.tasks.vqa_accuracy import PEOPLE_FOR_CERTAIN, normalise_answer, vqa_accuracy
+from parts import official
+from parts.building import NO_LABEL, Entry, LeftOut, share
+from parts.coco_files import image_file, image_id
 
 _FIELDS = ("question_id", "image_id", "question", "answer_type", "question_type", "answers")
 _SHOWN = 5  # question ids named in an error

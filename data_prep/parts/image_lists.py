@@ -9,8 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import building
-import official
+from parts import building, official
 
 Files = tuple[str, ...]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import official
+from parts import official
 
 SPLIT_FILE = "dataset_coco.json"
 ORIGIN = "Karpathy's caption_datasets.zip, cs.stanford.edu/people/karpathy/deepimagesent"
