@@ -41,6 +41,9 @@ def test_a_command_of_the_readme_runs(command, run_python, finished_run, config,
     replaced = {"runs/demo": finished_run(2), "runs/mine": tmp_path / "run", "bench_step.jsonl": tmp_path / "out.jsonl"}
     replaced |= {name: tmp_path / "out" / name for name in ("exported/sentiment", "answers")}
     replaced["reviews.jsonl"] = tmp_path / "reviews.jsonl"
+    replaced |= {"tickets.csv": tmp_path / "tickets.csv", "data/mine": tmp_path / "mine"}
+    replaced["tickets.csv"].write_text("text,team\n" + "".join(f"the door {i},{'ab'[i % 2]}\n" for i in range(99)))
+    replaced["data/mine/manifest.json"] = config.data.manifest
     replaced["reviews.jsonl"].write_text('{"text": "a moving story"}\n')
     command = [str(replaced.get(word, word)) for word in command]
     if "launch/train.py" in command:
