@@ -17,6 +17,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,8 @@ PIECE = 8 << 20  # bytes of a shard fetched at a time: what a killed process may
 RANGED = 20  # at most one in so many bytes of a shard is fetched by itself before the whole shard is
 WRONG = 5  # times that a shard may come with another sha256
 REFUSED_SECONDS = 3600  # for so long nobody tries again to fetch a shard that is not what the manifest says
-TOUCH_SECONDS = 1.0  # between two notes of which shards were used
+TOUCH_SECONDS = 1.0  # between two notes of which shards were used, and two looks for room where there was none
+_OURS = re.compile(r"[0-9a-f]{64}\.(?:tar|file|([0-9]+)\.partial)")  # nothing else in the folder is ever touched
 
 _held: set[int] = set()  # descriptors of this process's locks
 
@@ -64,7 +66,7 @@ class Cache:
         self._files = OpenFiles()
         self._used: set[str] = set()
         self._touched = 0.0
-        self._warned = False
+        self._full_until = 0.0
         try:
             with self._lock("folder"):
                 pass
@@ -173,29 +175,30 @@ class Cache:
                         file.truncate(0)
             return found
         except Unusable:
-            partial.unlink(missing_ok=True)  # on a full disk it would be in the way
+            with contextlib.suppress(OSError):
+                partial.unlink()  # on a full disk it would be in the way
             raise
 
     def _make_room(self, size: int, partial: Path) -> bool:
         """Deletes what was not used for longest until `size` bytes fit, and reserves them for `partial`."""
-        if size > self.limit:
+        if time.monotonic() < self._full_until:
             return False
         with self._lock("folder"), _disk():
             others = [entry for path in self.folder.iterdir() if path != partial and (entry := _entry(path))]
             room = self.limit - sum(count for _, count, _ in others) - size
             for used, count, path in sorted(others):
-                if room >= 0 or time.time() - used < self.in_use:
+                if room >= 0 or size > self.limit or time.time() - used < self.in_use:
                     break
                 if self._delete(path):
                     room += count
             if room >= 0:
                 partial.touch()
-            elif not self._warned:
-                self._warned = True
-                log.warning(
-                    "data.cache_gb: %.3g GB do not hold the shards in use; some are read in parts", self.limit / 1e9
-                )
-            return room >= 0
+                return True
+            if not self._full_until:
+                gigabytes = self.limit / 1e9
+                log.warning("data.cache_gb: %.3g does not hold the shards in use; some are read in parts", gigabytes)
+            self._full_until = time.monotonic() + TOUCH_SECONDS
+            return False
 
     def _delete(self, path: Path) -> bool:
         if path.suffix == ".partial":
@@ -257,12 +260,12 @@ def _disk() -> Iterator[None]:
 
 def _entry(path: Path) -> tuple[float, int, Path] | None:
     """When a file was last used, the bytes it has or will have, and itself; None if it is gone or no file of ours."""
+    found = _OURS.fullmatch(path.name)
+    if found is None:
+        return None
     with contextlib.suppress(FileNotFoundError):
         status = path.stat()
-        if path.suffix in (".tar", ".file"):
-            return status.st_mtime, status.st_size, path
-        if path.suffix == ".partial":
-            return status.st_mtime, int(path.name.split(".")[1]), path
+        return status.st_mtime, int(found[1] or status.st_size), path
     return None
 
 

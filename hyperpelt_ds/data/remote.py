@@ -84,7 +84,7 @@ class RemoteFolder:
     def part(self, shard: Shard, offset: int, size: int) -> bytes:
         self._start()
         content, cache = None, self._cache
-        if cache and shard.bytes <= cache.limit:
+        if cache:
             try:
                 content = self._cached_part(cache, shard, offset, size)
             except Unusable as error:
