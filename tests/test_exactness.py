@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shard_server import Behaviour, ShardServer
 from test_loader import TOKENIZER, config, make_samples, weighed
 
 from hyperpelt_ds.contracts import Batch, StreamState
@@ -176,6 +177,29 @@ def shard_of(manifest: Manifest, place: int) -> str:
             return shard.path
         place -= shard.samples
     raise AssertionError
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_store_that_fails_now_and_then_loses_and_repeats_nothing(manifest, whole, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries, in forked workers too
+    faults = Behaviour(errors=0.1, resets=0.05, short=0.05, seed=workers)
+    with ShardServer(Path(manifest.folder.root), faults) as server:
+        remote = Manifest.load(f"{server.url}/manifest.json", str(tmp_path / "cache"), 10**9)
+        assert global_batches(remote, 2, 60, workers=workers) == whole[:60]
+        assert server.faults
+
+
+def test_a_store_that_no_longer_answers_ends_the_stream_and_makes_no_holes(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
+    with ShardServer(Path(manifest.folder.root)) as server:
+        source = stream(Manifest.load(f"{server.url}/manifest.json"), 0, 1)
+        iterator = iter(source)
+        next(iterator)
+        assert source.commit() == []
+        server.behaviour = Behaviour(errors=1.0)
+        with pytest.raises(ValueError, match=r": given up after 5 tries, the last: .* 503"):
+            list(islice(iterator, 20))
+    assert source.state().samples == GLOBAL  # and from there it can be resumed
 
 
 def test_a_state_says_what_does_not_fit(manifest, tmp_path: Path):

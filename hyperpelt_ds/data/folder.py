@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 OPEN_FILES = 64  # of one process; a run's windows touch about as many shards at a time
 
 
+class Unreachable(OSError):
+    """What a store could not be made to give, time after time: no fault of one file, so no sample is left out."""
+
+
 class Folder(Protocol):
     """The files of a data set, by names relative to `root`. Picklable; one thread of a process reads at a time."""
 
@@ -29,7 +33,8 @@ class Folder(Protocol):
         """A small file as a whole. OSError if it cannot be had, ValueError if its sha256 is not the one given."""
 
     def part(self, shard: Shard, offset: int, size: int) -> bytes:
-        """`size` bytes of a shard, fewer where it ends earlier; OSError if they cannot be had."""
+        """`size` bytes of a shard, fewer where it ends earlier. OSError if they cannot be had, Unreachable if nothing
+        can be had just now."""
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if there is no such file."""

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.data.folder import Unreachable
 from hyperpelt_ds.data.index import Index
 from hyperpelt_ds.data.lookup import Lookup
 from hyperpelt_ds.data.manifest import FEATURES, LOOKUP, Manifest, Shard
@@ -192,6 +193,8 @@ class Reader:
             raise DamagedSample(shard, "", self._wrong[name])
         try:
             return decode(self.manifest.folder.read(name, sha256))
+        except Unreachable:
+            raise
         except OSError as error:
             raise DamagedSample(shard, "", f"{name} cannot be read: {error}") from None
         except ValueError as error:
@@ -204,6 +207,8 @@ class Reader:
         key, (start, size) = index.key(position), index.span(position)
         try:
             span = self.manifest.folder.part(shard, start, size)
+        except Unreachable:
+            raise
         except OSError as error:
             raise DamagedSample(shard.path, key, f"cannot be read: {error}") from None
         if len(span) < size:

@@ -22,6 +22,8 @@ from urllib.request import getproxies, proxy_bypass
 
 import fsspec
 
+from hyperpelt_ds.data.folder import Unreachable
+
 READ = 1 << 18  # bytes asked of a socket at a time
 REDIRECTS = 5
 CONNECTIONS = 4  # kept open by a thread: the server and where it redirects to
@@ -90,7 +92,7 @@ class Source:
             except OSError as error:
                 failures = 1 if len(progress) > before else failures + 1
                 if failures == self.tries:
-                    raise OSError(f"{what}: given up after {self.tries} tries, the last: {error}") from error
+                    raise Unreachable(f"{what}: given up after {self.tries} tries, the last: {error}") from error
                 self.retries += 1
                 time.sleep(self.pause * 2 ** (failures - 1) * self._random.uniform(0.5, 1.5))
 
