@@ -31,9 +31,7 @@ from hyperpelt_ds.tasks.demo import DEMO
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "data_prep"))  # as when a script of that folder is run
 
-from parts import marian  # noqa: E402
-from parts import packages  # noqa: E402
-from parts import sources  # noqa: E402
+from parts import marian, packages, sources  # noqa: E402
 
 WIDTH, HIDDEN, VOCABULARY = 16, 24, 11
 

@@ -28,9 +28,8 @@ from hyperpelt_ds.vision import EfficientNetLite0, UnreadableImage, load_encoder
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "data_prep"))  # as when a script of that folder is run
 
-from parts import encoding  # noqa: E402
 import features  # noqa: E402
-from parts import image_lists  # noqa: E402
+from parts import encoding, image_lists  # noqa: E402
 
 BROKEN = encoding.Item("broken", ("nowhere.png",))
 SIZE, STAGE = 32, "block2"  # 8 x 8 cells of 24 channels
