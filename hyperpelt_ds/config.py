@@ -137,6 +137,10 @@ class DataConfig:
 
     manifest: str = ""
     """A manifest.json written by data_prep: a path, or a URL (http, https, s3, gs, hf)."""
+    plain: dict[str, str] = field(default_factory=dict)
+    """Task -> shards as webdataset names them (files, http, `pipe:COMMAND`; braces, `::`), to train on data that cannot
+    be seeked. webdataset's own pipeline then draws the training samples: a sample may come twice or not at all, and the
+    run cannot be resumed. Validation and image features are the manifest's. It names all trained tasks, or none."""
     tasks: tuple[str, ...] = ()
     """Tasks of the run in order; the order gives each task its embedding row. Empty: all of the manifest."""
     train_tasks: tuple[str, ...] = ()
@@ -408,6 +412,12 @@ def _check_ranges(config: Config) -> None:
         bad = {task: weight for task, weight in getattr(config.data, field_name).items() if weight <= 0}
         if bad:
             raise ValueError(f"data.{field_name}: must be greater than 0, got {bad}")
+    for task, shards in config.data.plain.items():
+        if not shards:
+            raise ValueError(f"data.plain: no shards are named for task {task!r}")
+    for name in ("data.shots", "train.micro_tokens"):
+        if config.data.plain and value(name):
+            raise ValueError(f"{name}: with data.plain nothing is known of a sample before it is read; set {name}=0")
     for task in config.data.loss_weights:
         if config.data.tasks and task not in config.data.tasks:
             raise ValueError(f"data.loss_weights: {task!r} is not one of data.tasks, {', '.join(config.data.tasks)}")

@@ -24,10 +24,15 @@ from hyperpelt_ds.contracts import TRAIN, Batch, Hole, Sample, StreamState
 from hyperpelt_ds.data import batching
 from hyperpelt_ds.data.collate import Collator, collator_for
 from hyperpelt_ds.data.evaluation import choose, count
+from hyperpelt_ds.data.folder import Unreachable
 from hyperpelt_ds.data.holes import Place, read_batches
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.order import Counts, Order, default_lanes, mixture
 from hyperpelt_ds.data.reader import DamagedSample, Reader
+
+Packed = tuple[list[tuple[Any, ...]] | ValueError, list[Hole], int]
+"""A rank's part of a step as it passes between processes: micro-batches (or why there are none), what could not be used
+of them, and how many sources were cut."""
 
 _MEASURED = 16  # samples of a task whose tokens are counted to know about how many a byte makes
 
@@ -66,7 +71,7 @@ class TrainStream:
         self.rank, self.world_size = rank, world_size
         lanes = data.lanes or default_lanes(train.global_batch)
         self.accumulation = batching.accumulation(train.global_batch, train.micro_batch, lanes, world_size)
-        _check_features(manifest, config)
+        check_features(manifest, config)
         self._reader = Reader(manifest)
         counts = count(manifest, data.train_tasks or tasks, TRAIN)
         self._chosen = {
@@ -88,25 +93,12 @@ class TrainStream:
     def __iter__(self) -> Iterator[list[Batch]]:
         self._planned.clear()
         self._given = 0
-        workers = self.config.data.workers
-        if workers:
-            # before the fork, after which tokenizers would warn in every worker and set the same
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        loader = DataLoader(
-            _Steps(self._reader, self._collator, self.config),
-            batch_sampler=self._plan(),
-            collate_fn=_same,
-            num_workers=workers,
-            worker_init_fn=_ignore_interrupts,
-            generator=torch.Generator(),  # else it would draw a seed from the global generator that dropout uses
-        )
-        for batches, holes, truncated in loader:
-            if isinstance(batches, Exception):
-                raise batches
+        steps = Steps(self._reader, self._collator, self.config)
+        for batches, holes, truncated in read_ahead(steps, self.config.data.workers, self._plan()):
             self.truncated += truncated
             self._planned[self._given].holes += holes
             self._given += 1
-            yield [_unpacked(fields) for fields in batches]
+            yield batches
 
     def samples(self, task: str, limit: int) -> list[Sample]:
         """At most `limit` of the samples that this stream draws of a task, spread over them, without damaged ones."""
@@ -175,26 +167,53 @@ class TrainStream:
         return self._collator.count_tokens(texts) / size if size else 1.0
 
 
-class _Steps(Dataset[Any]):
-    """Reads and collates a rank's places of one step; holds no position, so any worker may serve any step.
-
-    An error comes back as a value, so that the caller can raise itself and not torch's wrapping of it.
-    """
+class Steps(Dataset[Any]):
+    """Reads and collates a rank's places of one step; holds no position, so any worker may serve any step."""
 
     def __init__(self, reader: Reader, collator: Collator, config: Config) -> None:
         self.reader, self.collator = reader, collator
         self.weights, self.budget = config.data.loss_weights, config.train.micro_tokens
 
-    def __getitems__(self, step: tuple[list[Place], int]) -> tuple[list[tuple[Any, ...]] | ValueError, list[Hole], int]:
-        before, (places, parts) = self.collator.truncated, step
+    def __getitems__(self, step: tuple[list[Place], int]) -> Packed:
+        return self.read(*step)
+
+    def read(self, places: list[Place], parts: int) -> Packed:
+        """The places as `parts` micro-batches. An error comes back as a value: torch would wrap one that is raised."""
+        before = self.collator.truncated
         try:
             batches, holes = read_batches(self.reader, self.collator, TRAIN, places, self.weights, parts, self.budget)
-        except ValueError as error:
-            return error, [], 0
+        except (ValueError, Unreachable) as error:
+            return ValueError(str(error)), [], 0
         return [_packed(batch) for batch in batches], holes, self.collator.truncated - before
 
 
-def _check_features(manifest: Manifest, config: Config) -> None:
+def read_ahead(
+    steps: Dataset[Any], workers: int, plan: Iterator[Any] | None = None
+) -> Iterator[tuple[list[Batch], list[Hole], int]]:
+    """Step after step as worker processes read them, or this one if there are none: a rank's micro-batches, what could
+    not be used of them, and how many sources were cut.
+
+    steps gives Packed: one for each item of `plan`, or without a plan by being iterated in every worker.
+    """
+    if workers:
+        # before the fork, after which tokenizers would warn in every worker and set the same
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loader = DataLoader(
+        steps,
+        batch_size=None if plan is None else 1,  # 1 stands for none given, which a plan needs
+        batch_sampler=plan,
+        collate_fn=_same,
+        num_workers=workers,
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # else it would draw a seed from the global generator that dropout uses
+    )
+    for batches, holes, truncated in loader:
+        if isinstance(batches, Exception):
+            raise batches
+        yield [_unpacked(fields) for fields in batches], holes, truncated
+
+
+def check_features(manifest: Manifest, config: Config) -> None:
     """The run must see the features that are stored, and answer new images through the encoder that made them."""
     stored, wanted = manifest.features, config.vision
     if stored is None or wanted.encoder is None:

@@ -80,7 +80,7 @@ class Reader:
             fields = _parsed(str(content, "utf-8"))
         except (ValueError, RecursionError) as error:
             raise DamagedSample(shard.path, key, f"not JSON: {error}") from None
-        fault = _fault(task, fields)
+        fault = schema_fault(task, fields)
         if fault:
             raise DamagedSample(shard.path, key, fault)
         if "references" in fields:
@@ -240,7 +240,7 @@ def _parsed(text: str) -> Any:
     return json.loads(text)
 
 
-def _fault(task: str, fields: object) -> str | None:
+def schema_fault(task: str, fields: object) -> str | None:
     """What is wrong with the fields of a stored sample that the manifest lists under `task`."""
     if not isinstance(fields, dict):
         return f"expected an object with fields {', '.join(_FIELDS)}"

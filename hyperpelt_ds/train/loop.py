@@ -29,6 +29,7 @@ from hyperpelt_ds.data.check import check_samples
 from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.manifest import Manifest
+from hyperpelt_ds.data.plain import PlainStream, train_stream
 from hyperpelt_ds.model import IDENTITY, HyperPELT, build, description_sample, identity_of
 from hyperpelt_ds.train import checkpoint, engine, evaluate, transfer
 from hyperpelt_ds.train.checkpoint import Progress
@@ -48,7 +49,7 @@ class Run:
     manifest: Manifest
     model: HyperPELT
     engine: Engine
-    stream: TrainStream
+    stream: TrainStream | PlainStream
     backbone: str
 
 
@@ -81,7 +82,7 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
     wrapped = engine.start(model, config, ds_config)
     _seed(config.train.seed)
     saved = _resume(folder, wrapped, config, backbone)
-    stream = TrainStream(
+    stream = train_stream(
         manifest,
         config,
         config.data.tasks,
@@ -118,9 +119,11 @@ def resolve(config: Config, manifest: Manifest) -> Config:
     unknown = [name for name in config.data.train_tasks if name not in names]
     if unknown:
         raise ValueError(f"data.train_tasks: {unknown[0]!r} is not one of the run's tasks, {', '.join(names)}")
-    trained = config.data.train_tasks or names
+    trained, plain = config.data.train_tasks or names, config.data.plain
+    if plain and set(plain) != set(trained):
+        raise ValueError(f"data.plain names {', '.join(plain)}, but the tasks to be trained are {', '.join(trained)}")
     for name in trained:
-        if not manifest.count(name, "train"):
+        if not manifest.count(name, "train") and not plain:
             raise ValueError(f"task {name!r} has no samples in the train split of {config.data.manifest}")
         if tasks.needs_image(name) and config.vision.encoder is None:
             raise ValueError(f"task {name!r} needs images, but vision.encoder is not set")

@@ -20,8 +20,8 @@ from hyperpelt_ds import dist, task_file
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.collate import collator_for
-from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.manifest import Manifest
+from hyperpelt_ds.data.plain import train_stream
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.model import HyperPELT, beside, identity_of, weights_file
 from hyperpelt_ds.train.answering import check_features
@@ -52,8 +52,8 @@ def requested(
 def from_run(run: str | Path, new_tasks: Sequence[str], like: str | None, train: str) -> Config:
     """The configuration of a finished run, changed to train `new_tasks` after its own.
 
-    `like` names the task to start from. Mixture weights do not carry over. Raises ValueError for a folder that is no
-    run, a task that the run already has and a `like` that it does not have.
+    `like` names the task to start from. Mixture weights and data.plain do not carry over. Raises ValueError for a
+    folder that is no run, a task that the run already has and a `like` that it does not have.
     """
     if not new_tasks and (like or train == "embeddings"):
         raise ValueError("--like and --train embeddings need --new_task")
@@ -70,7 +70,7 @@ def from_run(run: str | Path, new_tasks: Sequence[str], like: str | None, train:
         base,
         recipe="",
         data=dataclasses.replace(
-            base.data, tasks=(*base.data.tasks, *new_tasks), train_tasks=tuple(new_tasks), task_weights={}
+            base.data, tasks=(*base.data.tasks, *new_tasks), train_tasks=tuple(new_tasks), task_weights={}, plain={}
         ),
         transfer=configuration.TransferConfig(
             str(folder),
@@ -186,7 +186,8 @@ def _losses(
     model: HyperPELT, config: Config, manifest: Manifest, task: str, candidates: Sequence[str]
 ) -> dict[str, float]:
     """The mean loss on training samples of `task`, answered as each of the `candidates`."""
-    stream = TrainStream(manifest, config, config.data.tasks, model.backbone.tokenizer, dist.rank(), dist.world_size())
+    ranks = dist.rank(), dist.world_size()
+    stream = train_stream(manifest, config, config.data.tasks, model.backbone.tokenizer, *ranks)
     samples = stream.samples(task, SAMPLES)
     reader, collator = Reader(manifest), collator_for(config, config.data.tasks, model.backbone.tokenizer)
     was_training, size = model.training, config.train.micro_batch
