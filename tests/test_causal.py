@@ -184,6 +184,7 @@ def test_answers_end_with_the_tokenizers_end_and_with_all_of_the_models(tmp_path
     assert (settings.eos_token_id, settings.pad_token_id, settings.suppress_tokens) == ([5, 6, 2], 5, None)
 
 
+@pytest.mark.slow
 def test_a_llama_without_a_pad_token_trains_and_answers(config, run_python, tmp_path):
     steps = ["train.steps=3", "train.eval_every=3", "vision.tokens=true", "model.activation_checkpointing=true"]
     run = config.override([f"model.backbone={save_causal(tmp_path / 'backbone')}", "train.learning_rate=0.05", *steps])

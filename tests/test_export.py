@@ -157,6 +157,7 @@ def test_low_rank_deltas_and_norms_load_as_a_peft_model_that_answers_as_the_run_
     assert len(kept) == len({id(module) for module, _ in run.model.backbone._norms})
 
 
+@pytest.mark.slow
 def test_the_code_of_a_card_answers_where_this_package_is_not_installed(make_run, red, run_python, tmp_path):
     run_dir = make_run("marian", *whole("marian"))
     folder = export(run_dir, "easy_vqa", red, out=tmp_path / "out")

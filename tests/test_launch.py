@@ -89,7 +89,7 @@ def test_a_wrong_flag_is_one_line(call, arguments, message):
     ({}, ["data.tasks=movie_sentimant"], "'movie_sentimant'"),
     ({}, ["data.manifest=nowhere/manifest.json"], "nowhere/manifest.json"),
     ({}, ["vision.encoder=null"], "task 'easy_vqa' needs images, but vision.encoder is not set"),
-    ({}, ["train.micro_batch=3"], "train.global_batch=8 is not a multiple of train.micro_batch=3"),
+    ({}, ["train.micro_batch=3"], "not a multiple of train.micro_batch 3; micro-batches that fit: [1, 2, 4, 8]"),
 ])  # fmt: skip
 def test_a_wrong_request_is_one_line_before_any_training(train, tmp_path, changes, arguments, message):
     code, _, err = train(*arguments, **changes)

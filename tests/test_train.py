@@ -79,7 +79,7 @@ def test_zero_2_and_3_take_the_same_path_on_two_ranks(finished_run):
     assert figures(two, "eval/mean").keys() == figures(three, "eval/mean").keys() == {3, 6, 9}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     finished_run, train_on_two_ranks, with_dropout, tmp_path, stage
 ):
@@ -97,6 +97,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process_does(alone, train_on_two_ranks, config, tmp_path):
     train_on_two_ranks(config, 2, tmp_path / "run")
     one, two = figures(alone.run, "train/loss"), figures(tmp_path / "run", "train/loss")
