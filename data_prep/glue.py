@@ -67,7 +67,8 @@ def glue(
         python data_prep/glue.py --out data/glue --source ~/glue --tasks cola,rte
         python data_prep/glue.py --out data/glue --official_test
 
-    Killed at any moment, it leaves the data set as it was and can be run again.
+    Killed at any moment, it leaves a data set of whole shards, in which a task that was being replaced may be missing:
+    give the command again.
 
     Args:
         out: folder of the data set

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from parts.building import locked, progress
@@ -44,8 +45,9 @@ def index(*, shards: str, task: str = "", split: str = "train", out: str = "", w
     start, tars = time.monotonic(), find_shards(shards)
     names = _names(tars, task, split, out)
     made, refused, listed = 0, 0, []
-    with multiprocessing.Pool(min(workers, len(tars))) as pool:
-        for tar, result in progress(zip(tars, pool.imap(_index, tars), strict=True), "shards", len(tars)):
+    with ProcessPoolExecutor(min(workers, len(tars))) as pool:
+        results = _waited_for(pool.map(_index, tars))
+        for tar, result in progress(zip(tars, results, strict=True), "shards", len(tars)):
             if isinstance(result, str):
                 print(f"refused: {result.removeprefix(f'shard {tar}: ')} ({tar})", flush=True)
                 refused += 1
@@ -67,6 +69,15 @@ def index(*, shards: str, task: str = "", split: str = "train", out: str = "", w
         sys.exit(1)
     else:
         print(f"{out}: {samples:,} samples of {task} {split}\nnext: python data_prep/verify.py {out}")
+
+
+def _waited_for(results: Iterator[tuple[Shard, bool] | str]) -> Iterator[tuple[Shard, bool] | str]:
+    try:
+        yield from results
+    except BrokenProcessPool:
+        raise ValueError(
+            "a worker process was killed (out of memory?). Fewer --workers take less; what is indexed is kept"
+        ) from None
 
 
 def _index(tar: Path) -> tuple[Shard, bool] | str:

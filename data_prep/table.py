@@ -45,7 +45,8 @@ def table(
         python data_prep/table.py --out data/mine --task parts --data parts.parquet --source question --target answer
             --image photo --image_root ~/photos --validation 0.1 --test 0.1
 
-    Killed at any moment, it leaves the data set as it was and can be run again.
+    Killed at any moment, it leaves a data set of whole shards, in which a task that was being replaced may be missing:
+    give the command again.
 
     Args:
         out: folder of the data set

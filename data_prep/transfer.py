@@ -63,7 +63,8 @@ def transfer(
 ) -> None:
     """Write the transfer tasks (cb, boolq, imdb, paws, trec, scitail, yelp_polarity) into a data set.
 
-    Other tasks in it stay as they are. Killed at any moment, it leaves the data set as it was and can be run again.
+    Other tasks in it stay as they are. Killed at any moment, it leaves a data set of whole shards, in which a task that
+    was being replaced may be missing: give the command again.
 
     Examples:
         python data_prep/transfer.py --out data/transfer
@@ -103,7 +104,7 @@ def transfer(
 def _write_shots(folder: Path, names: list[str], counts: list[int], seeds: list[int]) -> None:
     """folder/shots/TASK.json, number of shots -> seed -> keys; and a line on the labels among them."""
     from hyperpelt_ds.contracts import TRAIN
-    from hyperpelt_ds.data.evaluation import choose
+    from hyperpelt_ds.data.choice import choose
     from hyperpelt_ds.data.manifest import MANIFEST, Manifest, replace
     from hyperpelt_ds.data.reader import Reader
 

@@ -11,6 +11,7 @@ from parts.command_line import run
 
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.verify import faults_by_shard
+from hyperpelt_ds.tasks import adopt_all
 
 SHOWN, SHARDS_SHOWN = 50, 30
 
@@ -32,7 +33,8 @@ def verify(*, manifest: str, all: bool = False, cache: str = "", cache_gb: float
         cache_gb: size that this folder may grow to, in 10^9 bytes
     """
     start = time.monotonic()
-    data = Manifest.load(manifest, cache or None, int(cache_gb * 1e9))
+    data = Manifest.load(manifest, cache or None, int(cache_gb * 1e9), check_files=False)
+    adopt_all(data.tasks, data.about)
     shards = list(data.all_shards())
     counts: Counter[str] = Counter()
     for shard, found in progress(faults_by_shard(data), "files", len(shards) + bool(data.features)):

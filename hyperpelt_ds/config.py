@@ -115,7 +115,7 @@ class VisionConfig:
     """Image features. `encoder` None means a run with text only."""
 
     encoder: str | None = None
-    """efficientnet_lite0, a torchvision model name, or clip; see vision.py."""
+    """efficientnet_lite0, a torchvision model name, or clip; see vision/."""
     weights: str | None = None
     """A local file, folder or hub id with the encoder's weights."""
     image_size: int = 224
@@ -163,7 +163,8 @@ class DataConfig:
     max_source_length: int = 128
     """Source tokens kept; longer sources are cut and counted."""
     max_target_length: int = 32
-    """Target tokens allowed; a longer target is an error (a cut target would teach a wrong one)."""
+    """Target tokens allowed. A longer target is never cut, which would teach a wrong one: it is an error where the look
+    before the first step finds it, and otherwise a sample that cannot be used."""
     workers: int = 0
     """Reading processes per rank; 0 reads in the training process."""
     max_holes: int = 100

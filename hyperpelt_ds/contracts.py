@@ -234,12 +234,12 @@ class StreamState:
     """Where the training stream stands: integers only, the same on every rank and for every world size.
 
     `samples` counts the samples committed to optimizer steps. Everything else the order needs follows from
-    (seed, manifest, lanes, global batch, samples); `counts` (task name -> draws so far in each of its lanes) is kept to
-    spare the replay and to be checked.
+    (seed, data, lanes, global batch, samples). `data` names the content of each task; `counts` (task name -> draws so
+    far in each of its lanes) is kept to spare the replay and to be checked.
     """
 
     seed: int
-    manifest: str
+    data: dict[str, str]
     lanes: int
     global_batch: int
     samples: int

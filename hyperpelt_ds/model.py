@@ -376,7 +376,7 @@ def _check_descriptions(folder: Path, model: HyperPELT, expected: list[float] | 
 
 
 def identity_of(run_dir: Path) -> dict[str, Any]:
-    """What a run was trained on: fingerprint of the backbone, digest of the manifest, description of the encoder."""
+    """What a run was trained on: fingerprint of the backbone, content of its tasks, description of the encoder."""
     try:
         identity: dict[str, Any] = json.loads((run_dir / IDENTITY).read_text())
     except (OSError, json.JSONDecodeError) as error:

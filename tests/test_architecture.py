@@ -32,7 +32,7 @@ RANKS = {
 # export is a use of the whole model, as training is, but one that training must not know.
 ALLOWED_EDGES = {("vision", "backbones"), ("export", "model")}
 ONLY_IN = {
-    "transformers": ("hyperpelt_ds/backbones/", "data_prep/"),
+    "transformers": ("hyperpelt_ds/backbones/", "data_prep/", "launch/bench_data.py"),
     "deepspeed": ("hyperpelt_ds/train/engine.py",),
     "triton": ("hyperpelt_ds/kernels/",),
     "webdataset": ("hyperpelt_ds/data/", "launch/bench_data.py"),

@@ -197,6 +197,86 @@ def test_a_data_set_that_lost_a_shard_says_how_to_go_on(tmp_path):
         build(tmp_path, {"glue_cola": {"train": entries(4)}}, {})
 
 
+def _refused(out: Path, message: str, task: str = "glue_cola") -> None:
+    """A build that raises ValueError and changes no file, link or folder."""
+    (out / building.LOCK).touch()
+    before, paths = tree(out), sorted(out.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        build(out, {task: {"train": entries(2)}}, {})
+    assert tree(out) == before and sorted(out.rglob("*")) == paths
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("file", ["a.jpg", "deep/er/a.jpg", "train-000007.tar", "part-000000.tar", "train-000000.jpg"])
+def test_a_users_own_files_in_a_tasks_place_are_never_deleted(tmp_path, file, listed):
+    if listed:
+        build(tmp_path, {"glue_cola": {"train": entries(4)}}, {})
+    path = tmp_path / "glue_cola" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"a picture")
+    _refused(
+        tmp_path, rf"'glue_cola': .* holds files .*, 1 in all \(glue_cola/{file}\).*another --out, or .*another --task"
+    )
+
+
+def test_shards_that_others_made_of_another_task_are_not_taken_for_a_killed_builds(tmp_path):
+    shards.write_task(tmp_path / "made", "other", "train", [Sample("k", "other", "a", "b", "i")])
+    (tmp_path / "made/other").rename(tmp_path / "glue_cola")
+    _refused(tmp_path, r"glue_cola/train-000000\.tar")
+
+
+def test_shards_that_the_manifest_lists_for_another_task_are_never_deleted(tmp_path):
+    imdb = [Entry("k", "i", {"text": "a", "label": 1})]
+    build(tmp_path, {"glue_cola": {"train": entries(4)}, "imdb": {"train": imdb}}, {})
+    manifest = Manifest.load(tmp_path / MANIFEST)
+    write_manifest(tmp_path, {"imdb": manifest.tasks["imdb"], "mine": manifest.tasks["glue_cola"]}, None, {})
+    _refused(tmp_path, r"glue_cola holds train-000000\.(idx|tar), which the manifest lists for task 'mine'")
+    whole(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file"])
+def test_a_tasks_place_that_is_no_folder_is_refused_before_the_manifest_changes(tmp_path, kind):
+    out, place = tmp_path / "out", tmp_path / "out/glue_cola"
+    build(out, {"glue_cola": {"train": entries(4)}}, {})
+    place.rename(tmp_path / "elsewhere")
+    if kind == "link":
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        (out / MANIFEST).unlink()  # which would say that a shard is missing
+        place.symlink_to(tmp_path / "nowhere") if kind == "dangling link" else place.write_text("mine")
+    _refused(out, rf"glue_cola is {'no folder' if kind == 'file' else 'a link'}; choose another --out")
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 2
+
+
+@pytest.mark.parametrize("file", ["images/glue_cola.jsonl", "shots/glue_cola.json"])
+def test_a_users_own_table_is_not_taken_for_a_list_that_a_builder_left(tmp_path, file):
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).write_text('{"source": "a", "target": "b"}\n')
+    _refused(tmp_path, rf"1 in all \({file}\)")
+    (tmp_path / file).unlink()
+    (tmp_path / file).mkdir()
+    _refused(tmp_path, rf"1 in all \({file}\)")
+
+
+@pytest.mark.parametrize("name", ["images", "shots"])
+def test_a_file_where_the_lists_go_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    _refused(tmp_path, rf"{name} is no folder")
+
+
+def test_what_a_build_left_whose_manifest_is_gone_is_replaced(tmp_path):
+    out = tmp_path / "a"
+    build(out, {"easy_vqa": {"train": pictures(9), "test": pictures(3)}}, {}, shard_size=2)
+    (out / MANIFEST).unlink()
+    (out / "easy_vqa/train-000000.idx").unlink()
+    (out / "easy_vqa/train-000009.tar.partial").write_bytes(b"cut")
+    (out / "shots").mkdir()
+    (out / "shots/easy_vqa.json").write_text('{"16": {"0": ["q-1"]}}')
+    build(out, {"easy_vqa": {"train": pictures(3)}}, {}, shard_size=2)
+    build(tmp_path / "b", {"easy_vqa": {"train": pictures(3)}}, {}, shard_size=2)
+    assert tree(out) == tree(tmp_path / "b")
+
+
 def test_two_builders_cannot_write_at_once(tmp_path):
     with building.locked(tmp_path), pytest.raises(ValueError, match="another builder is writing to it"):
         build(tmp_path, {"glue_cola": {"train": entries(1)}}, {})

@@ -14,20 +14,23 @@ import pytest
 import test_launch
 import torch
 from conftest import tiny_samples
+from damage import damage
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from untrained import save_samples, untrained_run
 
 from hyperpelt_ds import task_file, tasks
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.contracts import Sample, StreamState
+from hyperpelt_ds.data.index import read_index
 from hyperpelt_ds.data.manifest import MANIFEST, Manifest
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.model import beside, description_sample, load
 from hyperpelt_ds.tasks import glue, metrics
-from hyperpelt_ds.train import evaluate
+from hyperpelt_ds.train import checkpoint, evaluate, loop
 from hyperpelt_ds.train.answering import answers, asker, split_samples
 from hyperpelt_ds.train.controls import CONTROLS, other_image, other_task
+from hyperpelt_ds.train.metrics import Writer
 
 call = test_launch.call  # the fixture that runs an entry point in this process
 TASKS = ("movie_sentiment", "easy_vqa", "glue_rte", "vqa_v2", "coco_caption")
@@ -72,7 +75,7 @@ def results(run_dir: Path) -> dict:
 def _answers(run_dir: Path, task: str) -> tuple[list[str], list[Sample]]:
     run = load(run_dir)
     manifest = Manifest.load(run.config.data.manifest)
-    samples = split_samples(manifest, task, "test")
+    samples, _ = split_samples(manifest, task, "test")
     return answers(samples, asker(run, Reader(manifest)), 100), samples
 
 
@@ -203,7 +206,7 @@ def test_validation_scores_what_it_answers_and_says_what_it_leaves_out(run_dir):
         scores = evaluate.validate(run.model, manifest, run.config, "validation", 0)
     assert list(scores) == [task for task in TASKS if task != "glue_rte"]
     assert all(tuple(table) == tasks.get(name).metrics for name, table in scores.items())
-    samples = split_samples(manifest, "vqa_v2", "validation")
+    samples, _ = split_samples(manifest, "vqa_v2", "validation")
     texts = answers(samples, asker(run, Reader(manifest)), 100)
     assert scores["vqa_v2"] == pytest.approx(metrics.score(tasks.get("vqa_v2"), texts, samples))
     with warnings.catch_warnings(action="error", category=UserWarning):
@@ -263,7 +266,7 @@ def described(settings: Config, sentence_encoder: Path, tmp_path_factory) -> Pat
 @pytest.mark.parametrize("control", ["layer", "description", "paraphrase", "unrelated"])
 def test_a_control_changes_the_answers_while_it_lasts(described, settings, control):
     run, manifest = load(described), Manifest.load(settings.data.manifest)
-    samples, ask = split_samples(manifest, "easy_vqa", "test"), asker(run, Reader(manifest))
+    (samples, _), ask = split_samples(manifest, "easy_vqa", "test"), asker(run, Reader(manifest))
     before = _logits(run, samples, manifest)
     with CONTROLS[control](run, samples) as asked:
         assert asked == samples
@@ -274,7 +277,7 @@ def test_a_control_changes_the_answers_while_it_lasts(described, settings, contr
 
 @pytest.mark.parametrize("control", ["description", "paraphrase", "unrelated"])
 def test_what_is_said_is_no_control_where_nothing_is_said(run_dir, settings, control):
-    run, samples = load(run_dir), split_samples(Manifest.load(settings.data.manifest), "easy_vqa", "test")
+    run, (samples, _) = load(run_dir), split_samples(Manifest.load(settings.data.manifest), "easy_vqa", "test")
     with CONTROLS[control](run, samples) as asked:
         assert asked == []
 
@@ -282,7 +285,7 @@ def test_what_is_said_is_no_control_where_nothing_is_said(run_dir, settings, con
 def test_layers_are_no_control_where_nothing_is_generated(settings, tmp_path):
     plain = ["hypernet.conditions=", "hypernet.parameters=task", "data.tasks=movie_sentiment,easy_vqa"]
     run = load(untrained_run(tmp_path / "run", settings.override(plain)))
-    samples = split_samples(Manifest.load(settings.data.manifest), "easy_vqa", "test")
+    samples, _ = split_samples(Manifest.load(settings.data.manifest), "easy_vqa", "test")
     with CONTROLS["layer"](run, samples) as asked:
         assert asked == []
 
@@ -361,3 +364,77 @@ def test_a_task_file_fits_a_run_with_embeddings_and_descriptions(settings, sente
     assert more.model.tasks == ("movie_sentiment", "easy_vqa", "glue_rte")
     asked = ["glue_rte", "movie_sentiment"], ["the film", "the film"]
     assert more.generate(*asked)[1] == run.generate("movie_sentiment", ["the film"])[0]
+
+
+@pytest.fixture
+def copied(settings: Config, tmp_path: Path) -> Path:
+    """The manifest of a copy of the data, to be damaged."""
+    return Path(shutil.copytree(Path(settings.data.manifest).parent, tmp_path / "data")) / MANIFEST
+
+
+def _hurt(path: Path, task: str, split: str) -> None:
+    """Damages every text of a task's split."""
+    for shard in Manifest.load(path).shards(task, split):
+        for position in range(shard.samples):
+            damage(path.parent, shard.path, "flipped data byte", position)
+
+
+def test_validation_leaves_out_a_task_of_which_nothing_can_be_used(run_dir, copied):
+    run = load(run_dir)
+    _hurt(copied, "vqa_v2", "validation")
+    with pytest.warns(UserWarning, match="no sample of split 'validation' can be used: vqa_v2$"):
+        scores = evaluate.validate(run.model, Manifest.load(copied), run.config, "validation", 0)
+    assert list(scores) == ["movie_sentiment", "easy_vqa", "coco_caption"]
+    for task in scores:
+        _hurt(copied, task, "validation")
+    with pytest.raises(ValueError, match=r"no sample of split 'validation' can be used in .*, of movie_sentiment, "):
+        evaluate.validate(run.model, Manifest.load(copied), run.config, "validation", 0)
+
+
+def test_a_validation_without_a_damaged_task_never_replaces_the_best(run_dir, copied, tmp_path):
+    _hurt(copied, "vqa_v2", "validation")
+    predictor = load(run_dir)
+    # neither the engine nor the stream is used where no weights are saved
+    run = loop.Run(predictor.config, tmp_path, Manifest.load(copied), predictor.model, None, None, "")
+    before = checkpoint.Progress(3, StreamState(0, {}, 1, 8, 24, {}), best_score=-1.0, stale=1)
+    writer = Writer(tmp_path, 0)
+    with pytest.warns(UserWarning, match="can be used: vqa_v2"):
+        assert loop._validate(run, before, writer) == before
+    writer.close()
+    assert not (tmp_path / "best").exists()
+
+
+def test_an_unreadable_image_counts_as_wrong_and_a_damaged_text_is_left_out(run_dir, copied, tmp_path, caplog, capsys):
+    manifest = Manifest.load(copied)
+    [features], [shard] = manifest.features.shards, manifest.shards("easy_vqa", "test")
+    image = Reader(manifest).sample("easy_vqa", "test", 0).image
+    index = read_index(copied.parent / features.path)
+    [place] = [i for i in range(len(index)) if index.key(i) == image]
+    damage(copied.parent, features.path, "flipped data byte", place)
+    damage(copied.parent, shard.path, "flipped data byte", 1)
+    results = evaluate.evaluate(run_dir, ["easy_vqa", "glue_rte"], out=tmp_path / "r.json", manifest_path=copied)
+    row, sound = results["tasks"]["easy_vqa"], results["tasks"]["glue_rte"]
+    assert (row["n"], row["unreadable"], row["left_out"]) == (11, 2, 1)
+    assert (sound["n"], sound["unreadable"], sound["left_out"]) == (12, 0, 0)
+    line = "unreadable images, counted as wrong: 2 of 11 in easy_vqa; texts, left out: 1 in easy_vqa\n"
+    assert line in capsys.readouterr().out
+    assert f"of sample '{tiny_samples('test', 12)['easy_vqa'][0].key}' of task 'easy_vqa'" in caplog.text
+    run, (samples, damaged) = load(run_dir), split_samples(manifest, "easy_vqa", "test")
+    texts = answers(samples, asker(run, Reader(manifest)), 4)
+    assert [text is None for text in texts] == [sample.image == image for sample in samples]
+    before = dict(zip((s.key for s in _answers(run_dir, "easy_vqa")[1]), _answers(run_dir, "easy_vqa")[0], strict=True))
+    assert all(text in (None, before[s.key]) for s, text in zip(samples, texts, strict=True)), "nothing else moves"
+    assert [error.key for error in damaged] == [tiny_samples("test", 12)["easy_vqa"][1].key]
+
+
+def test_a_split_of_which_nothing_can_be_read_is_refused_by_name(copied):
+    _hurt(copied, "glue_rte", "test")
+    with pytest.raises(ValueError, match="no sample of split 'test' of task 'glue_rte' can be read, the first: shard"):
+        split_samples(Manifest.load(copied), "glue_rte", "test")
+
+
+def test_a_target_too_long_to_train_on_does_not_stop_the_scoring(config, tmp_path):
+    own = [Sample(f"k{i}", "movie_rating", "good film", "good film " * 20) for i in range(2)]
+    manifest = save_samples(tmp_path / "data", {"movie_rating": {"test": own}})
+    run = load(untrained_run(tmp_path / "run", config))
+    assert None not in answers(own, asker(run, Reader(Manifest.load(manifest))), 2)

@@ -233,6 +233,22 @@ def test_when_a_task_is_added_only_its_new_images_are_encoded(tmp_path, build):
     assert _bytes(tmp_path) == before
 
 
+def test_a_run_goes_on_while_features_are_added_and_only_fresh_deletes_its_lookup(tmp_path, build):
+    build(_data_set(tmp_path, {"easy_vqa": _listed(0, 1)}))
+    running, kept = Manifest.load(tmp_path / "manifest.json"), _bytes(tmp_path)
+    manifest = _data_set(tmp_path, {"easy_vqa": _listed(0, 1, 2)})
+    write_manifest(tmp_path, Manifest.load(manifest).tasks, running.features, {})
+    build(manifest)
+    assert Reader(running).has_image("image-1") and not Reader(running).has_image("image-2")
+    assert Reader(Manifest.load(manifest)).has_image("image-2")
+    (tmp_path / "manifest.json").write_bytes(kept["manifest.json"])  # as after a kill before it was replaced
+    assert Reader(Manifest.load(manifest)).image("image-1").shape == (64, 24)
+    assert len(list((tmp_path / "features").glob("lookup-*.idx"))) == 2
+    build(manifest, fresh=True)
+    [lookup] = (tmp_path / "features").glob("lookup*")
+    assert str(lookup.relative_to(tmp_path)) == Manifest.load(manifest).features.lookup
+
+
 def test_features_of_another_encoder_are_not_mixed_in(tmp_path, build):
     manifest = _data_set(tmp_path, {"easy_vqa": _listed(0, 1)})
     build(manifest)

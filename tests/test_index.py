@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.data import index as indexing
 from hyperpelt_ds.data.index import Index, find_shards, index_path, index_shard, read_index, refresh_index
 from hyperpelt_ds.data.lookup import Lookup
 from hyperpelt_ds.data.manifest import Manifest
@@ -167,6 +171,18 @@ def test_a_tar_with_a_damaged_header_is_refused(tmp_path, damage):
         index_shard(tar)
 
 
+def test_a_sample_that_no_single_read_gives_is_refused(tmp_path, monkeypatch):
+    assert indexing.SAMPLE_BYTES == 0x7FFFF000  # read(2): what Linux transfers at most at once
+    members = [("a.json", b"{}"), ("b.json", b"{}"), ("b.bin", b"x" * 4000)]
+    tar = make_tar(tmp_path / "large.tar", members)
+    size = index_shard(tar).span(1)[1]
+    monkeypatch.setattr(indexing, "SAMPLE_BYTES", size + 1)
+    assert len(index_shard(tar)) == 2
+    monkeypatch.setattr(indexing, "SAMPLE_BYTES", size)
+    with pytest.raises(ValueError, match=rf"large\.tar: sample 'b' has {size} bytes or more, fewer than {size} can"):
+        index_shard(tar)
+
+
 def test_what_is_no_index_is_refused(tmp_path):
     tar = make_tar(tmp_path / "a.tar", [("a.json", b"{}")])
     with pytest.raises(FileNotFoundError):
@@ -252,6 +268,38 @@ def test_the_command_indexes_what_it_can_and_goes_on_when_it_is_given_again(tmp_
         Sample(f"k{i}", "summary", "x", "y") for i in range(20)
     ]
     assert reader.manifest.shards("summary", "train")[3].path == "deep/s-3.tar"
+
+
+def test_files_that_would_share_an_index_are_refused(tmp_path, capsys):
+    for name in ("a.tar", "a.tar2", "a", "a.TAR"):
+        make_tar(tmp_path / name, json_members(range(2)))
+    with pytest.raises(SystemExit) as stopped:
+        command.index(shards=f"{tmp_path}/a*", workers=1)
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 1 and "4 shards: 1 indexed, 0 up to date, 3 refused" in shown
+    for name in ("a.tar2", "a", "a.TAR"):
+        assert f"refused: its name must end with .tar ({tmp_path}/{name})\n" in shown
+    assert read_index(tmp_path / "a.tar").encode() == index_shard(tmp_path / "a.tar").encode()
+
+
+def test_the_command_ends_when_a_worker_is_killed(tmp_path):
+    """The second shard is a pipe that nobody writes to: the worker waits there until it is killed."""
+    make_tar(tmp_path / "s-0.tar", json_members(range(2)))
+    os.mkfifo(tmp_path / "s-1.tar")
+    words = [sys.executable, str(Path(command.__file__)), f"{tmp_path}/s-*.tar", "--workers=1"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while not index_path(tmp_path / "s-0.tar").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        [worker] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(worker), signal.SIGKILL)
+        _, said = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 2 and "error: a worker process was killed (out of memory?)" in said
 
 
 def test_the_command_extends_a_manifest(tmp_path):

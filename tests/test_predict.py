@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import test_launch
 from conftest import ROOT, free_port, save_manifest, tiny_samples
+from damage import damage
 from PIL import Image
 from untrained import save_samples, untrained_run
 
@@ -256,3 +257,38 @@ def test_a_glue_split_without_labels_is_answered_into_its_file(config, tmp_path)
     lines = (tmp_path / "out" / "RTE.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == ["0", "1", "2"]
     assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
+
+
+def test_what_cannot_be_read_is_answered_with_nothing_and_named(run_dir, tmp_path, caplog, capsys):
+    path = save_manifest(tmp_path / "data", 4, 4)
+    manifest = Manifest.load(path)
+    texts = manifest.shards("easy_vqa", "test")[0]
+    for shard in manifest.features.shards:
+        for position in range(shard.samples):
+            damage(path.parent, shard.path, "flipped data byte", position)
+    damage(path.parent, texts.path, "flipped data byte", 0)
+    predict.predict(run_dir, path, tmp_path / "out", "jsonl", task="easy_vqa")
+    found = read(tmp_path / "out" / "predictions.jsonl")
+    keys = [sample.key for sample in tiny_samples("test", 4)["easy_vqa"]]
+    assert [(a["key"], a["prediction"]) for a in found] == [(key, "") for key in [*keys[1:], keys[0]]]
+    assert "4 of 4 samples cannot be read" in capsys.readouterr().out
+    assert ", ".join(f"easy_vqa/{answer['key']}" for answer in found) in caplog.text
+
+
+def test_a_picture_that_cannot_be_read_leaves_the_other_lines_their_answers(run_dir, tmp_path, caplog, capsys):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:30])
+    texts, names = ["a good film", "what color", "funny", "dull dull story"], ["red", "broken", "red", None]
+    asked = [
+        {"task": "easy_vqa" if name else "movie_rating", "source": text} | ({"image": f"{name}.png"} if name else {})
+        for text, name in zip(texts, names, strict=True)
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    predict.predict(run_dir, tmp_path / "in.jsonl", tmp_path, "jsonl")
+    assert "1 of 4 samples cannot be read" in capsys.readouterr().out
+    assert "no answer for easy_vqa/1: cannot read image" in caplog.text
+    good = [line for line in asked if line.get("image") != "broken.png"]
+    pictures = [tmp_path / line["image"] if "image" in line else None for line in good]
+    first, third, last = load(run_dir).generate([x["task"] for x in good], [x["source"] for x in good], pictures)
+    assert [a["prediction"] for a in read(tmp_path / "predictions.jsonl")] == [first, "", third, last]
+    assert last

@@ -176,9 +176,30 @@ def test_a_shard_or_an_index_that_cannot_be_read_hurts_only_its_own_samples(mani
     reader = Reader(data)
     assert reader.place("vqa", "train", 5) == ("vqa/train-000001.tar", "")
     assert reader.lengths("vqa", "train", 5) == (0, 0) and reader.length("vqa", "train", 8) == 0
-    (folder / "features/lookup.idx").unlink()
-    with pytest.raises(DamagedSample, match=r"shard features/lookup\.idx, key '': features/lookup.idx cannot be read"):
+    lookup = data.features.lookup
+    (folder / lookup).unlink()
+    with pytest.raises(DamagedSample, match=rf"shard {lookup}, key '': {lookup} cannot be read"):
         reader.image("img0")
+
+
+def test_a_run_reads_on_with_the_features_of_its_manifest_when_others_are_published(manifest, tmp_path):
+    folder = copy(manifest, tmp_path)
+    running = Manifest.load(folder / MANIFEST)
+    assert running.features is not None
+    fewer = dataclasses.replace(running.features, shards=running.features.shards[:1])
+    after = Manifest.load(write_manifest(folder, running.tasks, fewer, {}))
+    for image, array in IMAGES:
+        np.testing.assert_array_equal(Reader(running).image(image), array)
+        assert Reader(after).has_image(image) == (image in ("img0", "img1"))
+
+
+def test_a_manifest_that_does_not_name_its_lookup_is_read_as_before(manifest, tmp_path):
+    folder = copy(manifest, tmp_path)
+    tree = json.loads((folder / MANIFEST).read_text())
+    (folder / tree["features"].pop("lookup")).rename(folder / "features/lookup.idx")
+    (folder / MANIFEST).write_text(json.dumps(tree))
+    for image, array in IMAGES:
+        np.testing.assert_array_equal(Reader(Manifest.load(folder / MANIFEST)).image(image), array)
 
 
 def test_an_index_of_another_number_of_samples_is_refused(manifest, tmp_path):

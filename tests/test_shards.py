@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import webdataset
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data import shards
 from hyperpelt_ds.data.index import read_index
-from hyperpelt_ds.data.manifest import LOOKUP, MANIFEST, FeatureSet, Manifest, write_manifest
+from hyperpelt_ds.data.manifest import MANIFEST, FeatureSet, Manifest, write_manifest
 
 SAMPLES = [Sample(f"key{i}", "topic", f"text número {i}", "art" * (i % 3), f"item{i}", None, None) for i in range(10)]
 IMAGES = [(f"img{i}", np.full((3, 2), i, dtype=np.float32)) for i in range(5)]
@@ -185,7 +186,30 @@ def test_features_that_are_stored_twice_are_refused_when_the_manifest_is_written
     ]
     with pytest.raises(ValueError, match=r"image 'img[34]' are stored twice, in features-a/.*tar and features-b/.*tar"):
         write_manifest(tmp_path, {}, FeatureSet(3, 2, {}, listed), {})
-    assert not (tmp_path / MANIFEST).exists() and not (tmp_path / LOOKUP).exists()
+    assert not (tmp_path / MANIFEST).exists() and not list(tmp_path.rglob("lookup*"))
+
+
+def test_a_lookup_is_named_by_its_content_and_leaves_others_alone(folder, tmp_path):
+    moved = copy(folder, tmp_path)
+    first = Manifest.load(moved / MANIFEST)
+    content = (moved / first.features.lookup).read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert first.features.lookup == f"features/lookup-{sha256[:12]}.idx" and first.features.lookup_sha256 == sha256
+    fewer = dataclasses.replace(first.features, shards=first.features.shards[:1])
+    second = Manifest.load(write_manifest(moved, first.tasks, fewer, {}))
+    assert (moved / first.features.lookup).read_bytes() == content
+    assert second.features.lookup != first.features.lookup and (moved / second.features.lookup).is_file()
+
+
+def test_loading_names_a_lookup_that_is_missing_unless_it_is_told_to_look_at_no_files(folder, tmp_path):
+    moved = copy(folder, tmp_path)
+    lookup = Manifest.load(moved / MANIFEST).features.lookup
+    for path in moved.rglob("lookup-*.idx"):
+        path.unlink()
+    with pytest.raises(ValueError, match=rf"manifest\.json: missing: .*{lookup} does not exist"):
+        Manifest.load(moved / MANIFEST)
+    (moved / "topic/train-000000.tar").unlink()
+    assert Manifest.load(moved / MANIFEST, check_files=False).digest == Manifest.load(folder / MANIFEST).digest
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from test_building import tree
 
 from hyperpelt_ds import recipes
 from hyperpelt_ds.contracts import TRAIN, Sample
-from hyperpelt_ds.data.evaluation import choose, read_texts
+from hyperpelt_ds.data.choice import choose
+from hyperpelt_ds.data.evaluation import read_texts
 from hyperpelt_ds.data.manifest import MANIFEST, Manifest
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.tasks.glue import GLUE, halves

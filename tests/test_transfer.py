@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import test_launch
 import torch
-from conftest import free_port
+from conftest import free_port, save_manifest
+from damage import damage
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+from untrained import untrained_run
 
 from hyperpelt_ds import config as configuration
 from hyperpelt_ds.config import Config, TransferConfig
@@ -122,6 +124,22 @@ def test_a_new_task_starts_from_the_task_that_answers_it_best_or_a_named_one(run
     assert set(decided["losses"]) == set(OLD)
     assert decided["from"] == min(decided["losses"], key=decided["losses"].get)
     assert json.loads((runs["all"] / "transfer.json").read_text())[NEW]["from"] == "easy_vqa"
+
+
+def test_what_cannot_be_read_does_not_decide_what_a_new_task_is_like(config, tmp_path, caplog):
+    path = save_manifest(tmp_path / "data", 8, 4)
+    settings = config.override([f"data.manifest={path}"])
+    run, manifest = load(untrained_run(tmp_path / "run", settings)), Manifest.load(path)
+    shards = manifest.features.shards
+    damage(path.parent, shards[0].path, "flipped data byte", 0)
+    losses = transfer._losses(run.model, run.config, manifest, "easy_vqa", OLD[:1])
+    assert 0 < losses[OLD[0]] < float("inf") and "not asked which task easy_vqa is like: shard" in caplog.text
+    for shard in shards:
+        for position in range(shard.samples):
+            if (shard, position) != (shards[0], 0):
+                damage(path.parent, shard.path, "flipped data byte", position)
+    with pytest.raises(ValueError, match="task 'easy_vqa': no training sample that was drawn can be used in "):
+        transfer._losses(run.model, run.config, manifest, "easy_vqa", OLD[:1])
 
 
 def test_only_the_shots_are_drawn_and_other_seeds_draw_others(config, manifest_path):

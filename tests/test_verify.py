@@ -18,9 +18,10 @@ from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data import shards
 from hyperpelt_ds.data.index import read_index, refresh_index
 from hyperpelt_ds.data.lookup import Lookup
-from hyperpelt_ds.data.manifest import LOOKUP, MANIFEST, FeatureSet, Manifest, write_manifest
+from hyperpelt_ds.data.manifest import MANIFEST, FeatureSet, Manifest, write_manifest
 from hyperpelt_ds.data.reader import DamagedSample, Reader
 from hyperpelt_ds.data.verify import Fault, faults
+from hyperpelt_ds.tasks import TASKS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data_prep"))  # as when a script of that folder is run
 
@@ -53,7 +54,13 @@ def broken(folder: Path, tmp_path: Path) -> Path:
 
 
 def found(folder: Path) -> list[Fault]:
-    return list(faults(Manifest.load(folder / MANIFEST)))
+    return list(faults(Manifest.load(folder / MANIFEST, check_files=False)))
+
+
+def lookup_of(folder: Path) -> str:
+    """The path of its features' lookup in a data set."""
+    path: str = json.loads((folder / MANIFEST).read_text())["features"]["lookup"]
+    return path
 
 
 def holes(folder: Path) -> set[Fault]:
@@ -124,17 +131,17 @@ def test_all_faults_are_found_in_one_go(broken):
     (broken / "vqa/train-000001.idx").write_bytes(b"nonsense")
     (broken / "vqa/train-000003.idx").write_bytes((broken / "vqa/train-000004.idx").read_bytes())
     damage.damage(broken, "vqa/train-000004.tar", "header zeroed", 0)
-    manifest = Manifest.load(broken / MANIFEST)
+    lookup = lookup_of(broken)
     (broken / "caption/train-000000.tar").unlink()
     (broken / "features/features-000000.idx").unlink()
-    (broken / LOOKUP).write_bytes(b"")
-    reasons = {(fault.shard, fault.key): fault.reason for fault in faults(manifest)}
+    (broken / lookup).write_bytes(b"")
+    reasons = {(fault.shard, fault.key): fault.reason for fault in found(broken)}
     assert "none of its 8 samples can be read" in reasons["caption/train-000000.tar", ""]
     assert "missing; " in reasons["caption/train-000000.tar", ""]
     assert "vqa/train-000001.idx cannot be used: " in reasons["vqa/train-000001.tar", ""]
     assert "vqa/train-000003.idx cannot be used: " in reasons["vqa/train-000003.tar", ""]
     assert "features/features-000000.idx cannot be read: " in reasons["features/features-000000.tar", ""]
-    assert "no image can be found without it" in reasons[LOOKUP, ""]
+    assert "no image can be found without it" in reasons[lookup, ""]
     cut = {key for shard, key in reasons if shard == "vqa/train-000000.tar"}
     assert cut == {"", *(f"train{i}" for i in range(8))}
     assert reasons["vqa/train-000004.tar", "train32"].startswith("crc32 is ")
@@ -219,10 +226,10 @@ def test_a_lookup_that_does_not_fit_the_features_is_found(broken):
     manifest = Manifest.load(broken / MANIFEST)
     assert manifest.features is not None
     part = Lookup.build(read_index(broken / shard.path) for shard in manifest.features.shards[:2])
-    (broken / LOOKUP).write_bytes(part.encode())
+    (broken / manifest.features.lookup).write_bytes(part.encode())
     changed = dataclasses.replace(manifest.features, lookup_sha256=damage.sha256(part.encode()))
     every = list(faults(dataclasses.replace(manifest, features=changed)))
-    assert every[-1] == Fault(LOOKUP, "", "it is not of what the feature shards hold")
+    assert every[-1] == Fault(manifest.features.lookup, "", "it is not of what the feature shards hold")
 
 
 def test_the_command_lists_damage_and_says_so_in_its_exit_code(broken, run_python):
@@ -233,6 +240,42 @@ def test_the_command_lists_damage_and_says_so_in_its_exit_code(broken, run_pytho
     assert "shard vqa/train-000002.tar, key 'train19': crc32 is " in done.stdout
     assert f"{manifest}: 11 shards, 66 samples and images" in done.stdout and "2 faults in 1 files" in done.stdout
     assert "next: build these shards again" in done.stdout
+
+
+def test_the_command_lists_every_file_that_is_missing(broken, capsys):
+    lookup = lookup_of(broken)
+    gone = ("vqa/train-000001.tar", "vqa/train-000003.tar", "caption/train-000000.idx", "features/features-000001.tar")
+    for name in (*gone, lookup):
+        (broken / name).unlink()
+    with pytest.raises(SystemExit) as stopped:
+        command.verify(manifest=str(broken / MANIFEST))
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 1 and "5 faults in 5 files" in shown
+    for name in gone:
+        reason = "missing" if name.endswith(".tar") else f"{name} cannot be read: "
+        assert f"shard {Path(name).with_suffix('.tar')}: {reason}" in shown
+    assert f"shard {lookup}: cannot be read: " in shown
+
+
+def test_the_command_finds_targets_outside_the_labels_that_a_task_has(tmp_path, capsys):
+    wrong = {"glue_rte": "7", "tickets": "green"}
+    tasks = {}
+    for task, target in wrong.items():
+        targets = ["red" if task == "tickets" else "1", target, ""]
+        samples = [Sample(f"k{i}", task, "x", target) for i, target in enumerate(targets)]
+        tasks[task] = {"train": shards.write_task(tmp_path, task, "train", samples[:2])}
+        tasks[task]["official_test"] = shards.write_task(tmp_path, task, "official_test", samples[2:])
+    records = {"tickets": {"metrics": ["accuracy"], "labels": ["red", "blue"], "description": "", "has_images": False}}
+    write_manifest(tmp_path, tasks, None, {"records": records})
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            command.verify(manifest=str(tmp_path / MANIFEST))
+    finally:
+        TASKS.pop("tickets", None)
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 1 and "2 faults in 2 files" in shown
+    for task, target in wrong.items():
+        assert f"shard {task}/train-000000.tar, key 'k1': task {task!r}, sample 'k1': its target {target!r}" in shown
 
 
 def test_the_command_shows_the_first_faults_and_then_counts_unless_told_otherwise(broken, capsys, monkeypatch):

@@ -47,6 +47,6 @@ def untrained_run(folder: Path, config: Config) -> Path:
     save_file(weights, folder / "best/weights.safetensors")
     configuration.save(config, folder / "config.json")
     encoder = manifest.features.encoder if manifest.features else None
-    identity = {"backbone": model.backbone.fingerprint(), "manifest": manifest.digest, "encoder": encoder}
+    identity = {"backbone": model.backbone.fingerprint(), "data": manifest.digests(manifest.tasks), "encoder": encoder}
     (folder / IDENTITY).write_text(json.dumps(identity))
     return folder

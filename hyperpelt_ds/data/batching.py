@@ -66,7 +66,10 @@ def cut(costs: Sequence[Cost], parts: int, budget: int = 0) -> list[list[int]]:
     """
     order = sorted(range(len(costs)), key=lambda i: sum(costs[i]))
     n = len(order)
-    sizes = np.arange(1, (n if budget else min(2 * -(-n // parts), n)) + 1)
+    widest = 2 * -(-n // parts)
+    if budget:  # a part of `size` samples that ends with number `end` has at least size * length[end] tokens
+        widest = max(widest, *(min(end + 1, budget // sum(costs[i])) for end, i in enumerate(order)))
+    sizes = np.arange(1, min(widest, n) + 1)
     none = np.iinfo(np.int64).max // 4
     # price[end, size - 1] of a part of so many samples that ends with number `end`: every sample costs as the longest
     begins = np.arange(n)[:, None] - sizes + 1

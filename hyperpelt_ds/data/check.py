@@ -7,7 +7,7 @@ This file must not know the order of a run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from hyperpelt_ds.contracts import TRAIN, VALIDATION, Sample
 from hyperpelt_ds.data.collate import Collator
@@ -26,31 +26,43 @@ def check_samples(manifest: Manifest, tasks: Sequence[str], collator: Collator, 
     """Looks at this rank's share of a few thousand training and validation samples of each task, among them those of
     the longest targets.
 
-    Raises ValueError naming the sample for a target that is too long or none of its task's labels, and for a task with
-    images in data without any. A sample that is damaged is only logged: it will be left out.
+    Raises ValueError naming the sample for a target that is too long or none of its task's labels, and naming the task
+    if none of its samples can be used, or none of its images has features. Otherwise samples that are damaged are only
+    counted in a warning: they will be left out.
     """
     reader = Reader(manifest)
     for task in tasks:
         for split in (TRAIN, VALIDATION):
             own = _some(manifest, reader, task, split)[rank::world_size]
-            for start in range(0, len(own), 1024):
-                samples = list(_usable(reader, task, split, own[start : start + 1024]))
-                collator.targets(samples)
-                for sample in samples:
-                    check_target(get(task), sample.key, sample.target)
-                    if collator.grid and sample.image is not None and manifest.features is None:
-                        raise ValueError(
-                            f"sample {sample.key!r} of task {task!r} has image {sample.image!r}, but {manifest.path} "
-                            f"holds no image features; data_prep/features.py makes them"
-                        )
+            samples, damaged = _read(reader, task, split, own)
+            if damaged:
+                log.warning(
+                    "%d of the %d samples looked at in %s/%s are damaged and will be left out, the first: %s. "
+                    "`python data_prep/verify.py %s` lists all",
+                    *(len(damaged), len(own), task, split, damaged[0], manifest.path),
+                )
+            if damaged and not samples:
+                raise ValueError(f"task {task!r}: none of the samples looked at in {split} can be used: {damaged[0]}")
+            for start in range(0, len(samples), 1024):
+                collator.targets(samples[start : start + 1024])
+            for sample in samples:
+                check_target(get(task), sample.key, sample.target)
+            images = [sample.image for sample in samples if sample.image is not None] if collator.grid else []
+            if images and not (manifest.features and any(map(reader.has_image, images))):
+                raise ValueError(
+                    f"task {task!r}: {manifest.path} holds features of none of its images that were looked at, for "
+                    f"example {images[0]!r}; data_prep/features.py makes them"
+                )
 
 
-def _usable(reader: Reader, task: str, split: str, indexes: Sequence[int]) -> Iterator[Sample]:
+def _read(reader: Reader, task: str, split: str, indexes: Sequence[int]) -> tuple[list[Sample], list[DamagedSample]]:
+    samples, damaged = [], []
     for index in indexes:
         try:
-            yield reader.sample(task, split, index)
+            samples.append(reader.sample(task, split, index))
         except DamagedSample as error:
-            log.warning("damaged, will be left out: %s", error)
+            damaged.append(error)
+    return samples, damaged
 
 
 def _some(manifest: Manifest, reader: Reader, task: str, split: str) -> list[int]:

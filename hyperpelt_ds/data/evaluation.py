@@ -6,11 +6,11 @@ numbers.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 
-from hyperpelt_ds.contracts import Batch, Sample
+from hyperpelt_ds.contracts import Batch, Hole, Sample
+from hyperpelt_ds.data.choice import choose, count
 from hyperpelt_ds.data.collate import Collator
 from hyperpelt_ds.data.holes import Place, read_batches
 from hyperpelt_ds.data.manifest import Manifest
@@ -41,19 +41,25 @@ def evaluation_batches(
     chosen.sort(key=lambda sample: reader.length(sample[0], split, sample[1]))
     places = [Place(position, *sample) for position, sample in enumerate(chosen)]
     batches = -(-len(places) // (batch_size * world_size)) * world_size
+    left_out: list[Hole] = []
     for number in range(rank, batches, world_size):
         start, end = (len(places) * edge // batches for edge in (number, number + 1))
         own = places[start:end]
         [batch], holes = read_batches(reader, collator, split, own or places[:1], {})
-        for hole in holes if own else ():
-            log.warning("not scored: shard %s, key %r: %s", hole.shard, hole.key, hole.reason)
+        left_out += holes if own else []
         yield batch if own else batch._replace(loss_weights=batch.loss_weights * 0)
+    if left_out:
+        first = left_out[0]
+        text = "%s: %d samples cannot be used and are not scored, the first: shard %s, key %r: %s"
+        log.warning(text, split, len(left_out), first.shard, first.key, first.reason)
 
 
-def read_texts(manifest: Manifest, task: str, split: str, skip_damaged: bool = False) -> list[Sample]:
+def read_texts(
+    manifest: Manifest, task: str, split: str, damaged: dict[int, DamagedSample] | None = None
+) -> list[Sample]:
     """All samples of one split of one task, in the order of the shards.
 
-    Raises DamagedSample for one that cannot be read, or with `skip_damaged` logs it and goes on.
+    Raises DamagedSample for one that cannot be read, or puts it into `damaged` under its number and goes on.
     """
     reader = Reader(manifest)
     samples = []
@@ -61,27 +67,7 @@ def read_texts(manifest: Manifest, task: str, split: str, skip_damaged: bool = F
         try:
             samples.append(reader.sample(task, split, index))
         except DamagedSample as error:
-            if not skip_damaged:
+            if damaged is None:
                 raise
-            log.warning("left out: %s", error)
+            damaged[index] = error
     return samples
-
-
-def count(manifest: Manifest, tasks: Sequence[str], split: str) -> dict[str, int]:
-    """Task -> samples; ValueError for a task that has none in this split."""
-    counts = {task: manifest.count(task, split) for task in tasks}
-    for task in tasks:
-        if not counts[task]:
-            raise ValueError(f"task {task!r} has no samples of split {split!r} in {manifest.path}")
-    return counts
-
-
-def choose(reader: Reader, task: str, split: str, samples: int, limit: int, salt: str = "") -> Sequence[int]:
-    """The indexes of `limit` samples (0: all), those whose keys have the smallest hashes under `salt`."""
-    if not 0 < limit < samples:
-        return range(samples)
-
-    def hashed(index: int) -> bytes:
-        return hashlib.sha256((salt + reader.place(task, split, index)[1]).encode()).digest()
-
-    return sorted(range(samples), key=hashed)[:limit]

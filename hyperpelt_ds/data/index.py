@@ -26,6 +26,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 VERSION = 2  # of indexes and manifests alike
+SAMPLE_BYTES = (1 << 31) - 4096  # samples are smaller: a read of the system gives at most so much at once
 _CHUNK = 1 << 20
 _META = re.compile("__[^/]*__/")
 _HEAD, _KEYS = "head", "keys"
@@ -153,9 +154,12 @@ def read_index(tar: Path) -> Index:
 def refresh_index(tar: Path) -> tuple[Index, bool]:
     """The index of a tar, written beside it unless it is there already; and whether it was written.
 
-    Raises OSError if the tar cannot be read, and ValueError naming it if it cannot be indexed or if what lies in the
-    index's place is of another program (`.idx` is a common name).
+    Raises OSError if the tar cannot be read, and ValueError naming it if it cannot be indexed, if it is not called
+    `.tar` (`a.tar` and `a.tar2` would have one index between them), or if what lies in the index's place is of another
+    program (`.idx` is a common name).
     """
+    if tar.suffix != ".tar":
+        raise ValueError(f"shard {tar}: its name must end with .tar")
     path, index = index_path(tar), None
     if path.is_file():
         content = path.read_bytes()
@@ -254,12 +258,15 @@ class _Scan:
         if suffix in self.present:
             raise ValueError(f"shard {self.name}: key {key!r} comes twice")
         self.present.add(suffix)
-        block = self._read(member.offset_data + member.size, member.name)
+        end = member.offset_data + member.size
+        if (size := end - start) >= SAMPLE_BYTES:
+            raise ValueError(
+                f"shard {self.name}: sample {key!r} has {size} bytes or more, fewer than {SAMPLE_BYTES} can be read"
+            )
+        block = self._read(end, member.name)
         span = memoryview(block)[start - (self.done - len(block)) :] if new else block
         self.arrays["crc32"][-1] = zlib.crc32(span, self.arrays["crc32"][-1])
         self.arrays["sizes"][-1] = self.done - start
-        if self.done - start >= 1 << 32:
-            raise ValueError(f"shard {self.name}: sample {key!r} has {self.done - start} bytes, at most 2^32 - 1 fit")
         self.arrays["member_suffixes"].append(self.suffixes.setdefault(suffix, len(self.suffixes)))
         self.arrays["member_offsets"].append(member.offset_data - start)
         self.arrays["member_sizes"].append(member.size)

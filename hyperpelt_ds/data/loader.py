@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import TRAIN, Batch, Hole, Sample, StreamState
 from hyperpelt_ds.data import batching
+from hyperpelt_ds.data.choice import choose, count
 from hyperpelt_ds.data.collate import Collator, collator_for
-from hyperpelt_ds.data.evaluation import choose, count
 from hyperpelt_ds.data.folder import Unreachable
 from hyperpelt_ds.data.holes import Place, read_batches
 from hyperpelt_ds.data.manifest import Manifest
@@ -71,7 +71,7 @@ class TrainStream:
         self.rank, self.world_size = rank, world_size
         lanes = data.lanes or default_lanes(train.global_batch)
         self.accumulation = batching.accumulation(train.global_batch, train.micro_batch, lanes, world_size)
-        check_features(manifest, config)
+        check_vision(manifest, config)
         self._reader = Reader(manifest)
         counts = count(manifest, data.train_tasks or tasks, TRAIN)
         self._chosen = {
@@ -131,7 +131,8 @@ class TrainStream:
         train = self.config.train
         copied = {task: list(lanes) for task, lanes in drawn.items()}
         samples = sum(map(sum, copied.values()))
-        return StreamState(train.seed, self.manifest.digest, self.order.lanes, train.global_batch, samples, copied)
+        data = self.manifest.digests(drawn)
+        return StreamState(train.seed, data, self.order.lanes, train.global_batch, samples, copied)
 
     def _plan(self) -> Iterator[Any]:  # of what _Steps takes; torch's type for it is a list
         """This rank's places of step after step, and how many micro-batches they make; runs ahead of the reading."""
@@ -213,7 +214,7 @@ def read_ahead(
         yield [_unpacked(fields) for fields in batches], holes, truncated
 
 
-def check_features(manifest: Manifest, config: Config) -> None:
+def check_vision(manifest: Manifest, config: Config) -> None:
     """The run must see the features that are stored, and answer new images through the encoder that made them."""
     stored, wanted = manifest.features, config.vision
     if stored is None or wanted.encoder is None:
@@ -227,7 +228,7 @@ def check_features(manifest: Manifest, config: Config) -> None:
 
 
 def _check_state(state: StreamState, fresh: StreamState) -> None:
-    for name in ("seed", "manifest", "lanes", "global_batch"):
+    for name in ("seed", "lanes", "global_batch"):
         if getattr(state, name) != getattr(fresh, name):
             raise ValueError(
                 f"the stream to be continued has {name} {getattr(state, name)!r}, this run has {getattr(fresh, name)!r}"
@@ -235,6 +236,9 @@ def _check_state(state: StreamState, fresh: StreamState) -> None:
     shape, expected = ({task: len(lanes) for task, lanes in sorted(s.counts.items())} for s in (state, fresh))
     if shape != expected:
         raise ValueError(f"the stream to be continued has counts of {shape} (task: lanes), not {expected}")
+    changed = [task for task, content in fresh.data.items() if state.data.get(task) != content]
+    if changed:
+        raise ValueError(f"the stream to be continued was on other shards of {', '.join(changed)} than there are now")
     total = sum(map(sum, state.counts.values()))
     if total != state.samples:
         raise ValueError(f"the stream to be continued has samples {state.samples}, but its counts sum to {total}")
@@ -243,14 +247,18 @@ def _check_state(state: StreamState, fresh: StreamState) -> None:
 def _packed(batch: Batch) -> tuple[Any, ...]:
     """Token tensors as arrays: between processes each tensor costs a file descriptor and a round trip of its own.
 
-    Images stay tensors, since shared memory beats the pipe for them (together 10 -> 4 ms a micro-batch of 16).
+    Images stay tensors, since shared memory beats the pipe for them (together 10 -> 4 ms a micro-batch of 16), and
+    travel in the float16 that they are stored in.
     """
-    return tuple(field.numpy() if isinstance(field, Tensor) and field.ndim < 3 else field for field in batch)
+    arrays = (field.numpy() if isinstance(field, Tensor) and field.ndim < 3 else field for field in batch)
+    packed = Batch._make(arrays)
+    return tuple(packed._replace(images=None if packed.images is None else packed.images.half()))
 
 
 def _unpacked(fields: tuple[Any, ...]) -> Batch:
     tensors: list[Any] = [torch.from_numpy(field) if isinstance(field, np.ndarray) else field for field in fields]
-    return Batch(*tensors)
+    batch = Batch(*tensors)
+    return batch._replace(images=None if batch.images is None else batch.images.float())
 
 
 def _same(item: Any) -> Any:

@@ -4,7 +4,7 @@
     <task>/<split>-000000.tar         a plain webdataset shard: one `key.json` a sample
     <task>/<split>-000000.idx         where each sample lies, its crc32 and its lengths
     features/features-000000.tar      one `image.npy` (V, F) float16 an image, stored once however many samples use it
-    features/lookup.idx               in which feature shard each image lies
+    features/lookup-<sha256>.idx      in which feature shard each image lies; a name of its own for each content
 
 This file must not know what a sample means, nor in which order samples are trained on.
 """
@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from hyperpelt_ds.tasks import adopt_all
 
 MANIFEST = "manifest.json"
 FEATURES = "features"
-LOOKUP = f"{FEATURES}/lookup.idx"
 
 log = dist.logger(__name__)
 
@@ -61,7 +60,8 @@ class FeatureSet:
     channels: int
     encoder: dict[str, Any]
     shards: list[Shard]
-    lookup_sha256: str = ""  # of features/lookup.idx; write_manifest writes both
+    lookup_sha256: str = ""  # write_manifest writes the lookup, and both of these
+    lookup: str = f"{FEATURES}/lookup.idx"  # path of the lookup; this one in manifests that do not name it
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,14 @@ class Manifest:
     digest: str
 
     @classmethod
-    def load(cls, path: str | Path, cache_dir: str | None = None, cache_bytes: int = 0) -> Manifest:
+    def load(
+        cls, path: str | Path, cache_dir: str | None = None, cache_bytes: int = 0, check_files: bool = True
+    ) -> Manifest:
         """Reads a manifest; of a local one it also looks at every file's size, but reads no shard and no index.
 
         Raises ValueError naming the manifest, or the first shard that is missing. A tar of another size than it
         should have is only warned of: what is damaged in it is found when it is read, and is then a hole.
+        check_files: False to look at no file but the manifest, for verify.py, which lists all that is missing.
         """
         path = str(path)
         root, name = os.path.split(path)
@@ -112,7 +115,7 @@ class Manifest:
             raise ValueError(f"manifest {path}: not a manifest written by data_prep ({error!r})") from None
         canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
         manifest = cls(path, folder, tasks, features, about, hashlib.sha256(canonical.encode()).hexdigest())
-        if isinstance(folder, LocalFolder):
+        if check_files and isinstance(folder, LocalFolder):
             manifest._check_sizes()
         return manifest
 
@@ -130,6 +133,15 @@ class Manifest:
     def count(self, task: str, split: str) -> int:
         """Samples of one split of one task; 0 if the task has no such split."""
         return sum(shard.samples for shard in self.shards(task, split))
+
+    def digests(self, tasks: Iterable[str]) -> dict[str, str]:
+        """Those of the tasks that are here, each with a name of its content: what a run on them depends on."""
+        found = {}
+        for task in tasks:
+            if task in self.tasks:
+                content = {split: [(s.path, s.samples, s.sha256) for s in of] for split, of in self.tasks[task].items()}
+                found[task] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return found
 
     def shards(self, task: str, split: str) -> list[Shard]:
         """The shards of one split, [] if the task has no such split; ValueError for a task that is not there."""
@@ -153,8 +165,8 @@ class Manifest:
                     raise ValueError(f"shard {shard.path}: missing: {self.folder.root}/{name} does not exist")
             if size != shard.bytes:
                 others.append(f"shard {shard.path}: size differs from the manifest: {size} bytes, not {shard.bytes}")
-        if self.features and self.folder.size(LOOKUP) is None:
-            raise ValueError(f"manifest {self.path}: missing: {self.folder.root}/{LOOKUP} does not exist")
+        if self.features and self.folder.size(self.features.lookup) is None:
+            raise ValueError(f"manifest {self.path}: missing: {self.folder.root}/{self.features.lookup} does not exist")
         if others:
             log.warning(
                 "%s%s. What is damaged in them is left out as it is met; `python data_prep/verify.py %s` lists it",
@@ -169,7 +181,9 @@ def write_manifest(
 ) -> Path:
     """Writes `manifest.json`, to be called last: with it the data set exists. `about` is any JSON-able note.
 
-    With features it first writes their lookup; raises ValueError naming an image whose features are stored twice.
+    With features it first writes their lookup, under a name of its own: a reader of the manifest that is replaced, and
+    whoever comes after a kill between the two, still finds the one that fits. Raises ValueError naming an image whose
+    features are stored twice.
     """
     if features:
         lookup = Lookup.build(read_index(folder / shard.path) for shard in features.shards)
@@ -178,8 +192,9 @@ def write_manifest(
             image = read_index(folder / paths[1]).key(position)
             raise ValueError(f"features of image {image!r} are stored twice, in {paths[0]} and {paths[1]}")
         content = lookup.encode()
-        replace(folder / LOOKUP, content)
-        features = dataclasses.replace(features, lookup_sha256=hashlib.sha256(content).hexdigest())
+        sha256 = hashlib.sha256(content).hexdigest()
+        features = dataclasses.replace(features, lookup=f"{FEATURES}/lookup-{sha256[:12]}.idx", lookup_sha256=sha256)
+        replace(folder / features.lookup, content)
     tree = {
         "version": VERSION,
         "tasks": {t: {s: [dataclasses.asdict(x) for x in shards] for s, shards in tasks[t].items()} for t in tasks},

@@ -26,7 +26,7 @@ WINDOW = 4
 """Pieces of shards that are shuffled together within a lane."""
 PIECE = 4096
 """Samples of a piece at most: larger shards are cut, so that a window of any shards is shuffled in a millisecond."""
-SMALL = 2**20
+SMALL = 2**18
 """A task of at most so many samples, in at most WINDOW shards a lane, is shuffled as a whole."""
 _GOLDEN = np.uint64(11400714819323198485)  # 2^64 / golden ratio: the multiples mod 2^64 fill the circle evenly
 _MIX, _EPOCH, _SHARDS, _WINDOW = 1, 2, 3, 4  # what a random stream is for

@@ -25,7 +25,7 @@ from hyperpelt_ds.contracts import TRAIN, Batch, Hole, Sample, StreamState
 from hyperpelt_ds.data import batching
 from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.data.holes import Place
-from hyperpelt_ds.data.loader import Packed, Steps, TrainStream, check_features, read_ahead
+from hyperpelt_ds.data.loader import Packed, Steps, TrainStream, check_vision, read_ahead
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.order import Order, default_lanes, mixture
 from hyperpelt_ds.data.reader import DamagedSample, Reader, schema_fault
@@ -81,7 +81,7 @@ class PlainStream:
         self.manifest, self.config = manifest, config
         lanes = data.lanes or default_lanes(train.global_batch)
         self.accumulation = batching.accumulation(train.global_batch, train.micro_batch, lanes, world_size)
-        check_features(manifest, config)
+        check_vision(manifest, config)
         trained = data.train_tasks or tasks
         self.shards = {task: expand_urls(data.plain[task]) for task in trained}
         counts = {task: manifest.count(task, TRAIN) for task in trained}
@@ -131,7 +131,7 @@ class PlainStream:
         """How many samples were committed; no stream can be continued from it."""
         train = self.config.train
         samples = self._committed * train.global_batch
-        return StreamState(train.seed, self.manifest.digest, self.order.lanes, train.global_batch, samples, {})
+        return StreamState(train.seed, {}, self.order.lanes, train.global_batch, samples, {})
 
 
 class _Draws(IterableDataset[Packed]):

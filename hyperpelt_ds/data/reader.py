@@ -13,18 +13,18 @@ import itertools
 import json
 import math
 import tokenize
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
+from isal import isal_zlib
 
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.folder import Unreachable
 from hyperpelt_ds.data.index import Index
 from hyperpelt_ds.data.lookup import Lookup
-from hyperpelt_ds.data.manifest import FEATURES, LOOKUP, Manifest, Shard
+from hyperpelt_ds.data.manifest import FEATURES, Manifest, Shard
 
 T = TypeVar("T")
 _DECODER = json.JSONDecoder()
@@ -181,10 +181,11 @@ class Reader:
         return shards[number], index - edges[number]
 
     def _find_image(self, image: str) -> tuple[int, int] | None:
-        if self.manifest.features is None:
+        features = self.manifest.features
+        if features is None:
             return None
         if self._lookup is None:
-            self._lookup = self._load(LOOKUP, LOOKUP, self.manifest.features.lookup_sha256, Lookup.decode)
+            self._lookup = self._load(features.lookup, features.lookup, features.lookup_sha256, Lookup.decode)
         return self._lookup.find(image)
 
     def _load(self, shard: str, name: str, sha256: str, decode: Callable[[bytes], T]) -> T:
@@ -214,7 +215,7 @@ class Reader:
         if len(span) < size:
             reason = f"cut short: the tar ends at byte {start + len(span)}, this sample at {start + size}"
             raise DamagedSample(shard.path, key, reason)
-        crc32 = zlib.crc32(span)
+        crc32 = isal_zlib.crc32(span)  # that of zlib, ten times as fast (75 KB: 1.4 us, not 18)
         if crc32 != index.crc32.item(position):
             raise DamagedSample(shard.path, key, f"crc32 is {crc32:08x}, expected {index.crc32[position]:08x}")
         place = index.member(position, suffix)

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hyperpelt_ds.contracts import TRAIN, VALIDATION
 from hyperpelt_ds.data.folder import Folder
 from hyperpelt_ds.data.index import Index, index_file
 from hyperpelt_ds.data.lookup import Lookup
-from hyperpelt_ds.data.manifest import LOOKUP, Manifest, Shard
+from hyperpelt_ds.data.manifest import Manifest, Shard
 from hyperpelt_ds.data.reader import DamagedSample, Reader
+from hyperpelt_ds.tasks import TASKS
+from hyperpelt_ds.tasks.task import check_target
 
 _BLOCK = 1 << 20  # bytes of a tar read at a time
 
@@ -33,7 +36,8 @@ class Fault:
 def faults(manifest: Manifest) -> Iterator[Fault]:
     """All that is wrong with a data set, shard by shard; of a sample the reason that the Reader gives as well.
 
-    A tar or an index that is not there at all is one fault, and its samples are not listed.
+    A tar or an index that is not there at all is one fault, and its samples are not listed; `manifest` is to be loaded
+    with check_files=False to get that far. Targets are held against the labels of tasks that are known by then.
     """
     for _, found in faults_by_shard(manifest):
         yield from found
@@ -57,7 +61,8 @@ def faults_by_shard(manifest: Manifest) -> Iterator[tuple[str, list[Fault]]]:
             if _readable(reader, shard):
                 found += _image_faults(reader, shard)
             yield shard.path, found
-        yield LOOKUP, [*_repeated(reader, manifest.features.shards), *_lookup_faults(manifest, reader)]
+        found = [*_repeated(reader, manifest.features.shards), *_lookup_faults(manifest, reader)]
+        yield manifest.features.lookup, found
 
 
 def _readable(reader: Reader, shard: Shard) -> bool:
@@ -110,17 +115,21 @@ def _difference(found: Index, index: Index) -> str:
 
 def _sample_faults(reader: Reader, shard: Shard, task: str, split: str, first: int) -> Iterator[Fault]:
     """What is wrong with the samples of one shard, whose first is number `first` of its split."""
-    without = 0
+    without, features = 0, reader.manifest.features
     for i in range(first, first + shard.samples):
         try:
             sample = reader.sample(task, split, i)
-            if sample.image is not None and reader.manifest.features is None:
+            if task in TASKS and (sample.target or split in (TRAIN, VALIDATION)):  # test sets may lack answers
+                check_target(TASKS[task], sample.key, sample.target)
+            if sample.image is not None and features is None:
                 without += 1
             elif sample.image is not None and not reader.has_image(sample.image):
                 yield Fault(shard.path, sample.key, f"no features are stored for its image {sample.image!r}")
         except DamagedSample as error:
-            if error.shard != LOOKUP:  # which is a fault of its own
+            if features is None or error.shard != features.lookup:  # which is a fault of its own
                 yield Fault(error.shard, error.key, error.reason)
+        except ValueError as error:  # of check_target
+            yield Fault(shard.path, sample.key, str(error))
     if without:
         reason = f"{without} samples name images, but the data set holds no image features (data_prep/features.py)"
         yield Fault(shard.path, "", reason)
@@ -147,16 +156,17 @@ def _repeated(reader: Reader, shards: Sequence[Shard]) -> Iterator[Fault]:
 
 def _lookup_faults(manifest: Manifest, reader: Reader) -> Iterator[Fault]:
     assert manifest.features is not None
+    name = manifest.features.lookup
     try:
-        stored = manifest.folder.read(LOOKUP, manifest.features.lookup_sha256)
+        stored = manifest.folder.read(name, manifest.features.lookup_sha256)
     except (OSError, ValueError) as error:
-        yield Fault(LOOKUP, "", f"cannot be read: {error}; no image can be found without it")
+        yield Fault(name, "", f"cannot be read: {error}; no image can be found without it")
         return
     shards = manifest.features.shards
     if any(_index_fault(reader, shard) for shard in shards):
         return  # what it should be cannot be known
     if stored != Lookup.build(map(reader.index, shards)).encode():
-        yield Fault(LOOKUP, "", "it is not of what the feature shards hold")
+        yield Fault(name, "", "it is not of what the feature shards hold")
 
 
 def _open(folder: Folder, shard: Shard) -> io.BufferedReader:

@@ -6,6 +6,7 @@ data, never tokenizes, and does not know its row in an embedding table.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,11 @@ def classify(*fields: str, classes: int, label: str = "label") -> Callable[[Exam
 
 def check_target(task: Task, key: str, target: str) -> None:
     """Raises ValueError naming task, sample, target and what is allowed for a target outside the task's labels."""
-    if task.labels and task.parse(target) not in map(task.parse, task.labels):
+    if task.labels and target not in task.labels and task.parse(target) not in _parsed(task):
         allowed = ", ".join(task.labels)
         raise ValueError(f"task {task.name!r}, sample {key!r}: its target {target!r} is not one of {allowed}")
+
+
+@functools.lru_cache
+def _parsed(task: Task) -> frozenset[str]:
+    return frozenset(map(task.parse, task.labels))

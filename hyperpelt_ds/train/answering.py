@@ -7,28 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from hyperpelt_ds import dist
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Sample
 from hyperpelt_ds.data.evaluation import read_texts
 from hyperpelt_ds.data.manifest import Manifest
-from hyperpelt_ds.data.reader import Reader
+from hyperpelt_ds.data.reader import DamagedSample, Reader
 from hyperpelt_ds.model import HyperPELT, Predictor, identity_of
 
-Ask = Callable[[Sequence[Sample]], list[str]]
-"""Samples to what the model generates for each, in their order."""
+Ask = Callable[[Sequence[Sample]], list[str | None]]
+"""Samples to what the model generates for each, in their order; None for one whose image cannot be read."""
+
+log = logging.getLogger(__name__)
 
 
-def answers(samples: Sequence[Sample], ask: Ask, size: int) -> list[str]:
-    """Every sample's answer, in order, on every rank.
+def answers(samples: Sequence[Sample], ask: Ask, size: int) -> list[str | None]:
+    """Every sample's answer, in order, on every rank; None where its image cannot be read.
 
     At most `size` samples of like length are asked at once; which, does not depend on the number of ranks.
     """
     order = sorted(range(len(samples)), key=lambda place: len(samples[place].source))
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, str | None]] = []
     for start in range(dist.rank() * size, len(order), dist.world_size() * size):
         places = order[start : start + size]
         found += zip(places, ask([samples[place] for place in places]), strict=True)
@@ -39,12 +44,24 @@ def answers(samples: Sequence[Sample], ask: Ask, size: int) -> list[str]:
 def asker(run: Predictor, reader: Reader) -> Ask:
     """Asks with the image features that are stored beside the samples."""
 
-    def ask(samples: Sequence[Sample]) -> list[str]:
-        # a key need only be unique within one task and split; in a batch it tells the samples apart
-        chunk = [dataclasses.replace(sample, key=str(place)) for place, sample in enumerate(samples)]
-        batch = run.collator(chunk, reader.images(chunk) if run.collator.grid else {}, [1.0] * len(chunk))
+    def ask(samples: Sequence[Sample]) -> list[str | None]:
+        features: dict[str, np.ndarray] = {}
+        chunk = []
+        for place, sample in enumerate(samples):
+            try:
+                if run.collator.grid and sample.image not in features:
+                    features |= reader.images([sample])
+            except DamagedSample as error:
+                log.warning("no answer: %s", error)
+            else:
+                # A key need only be unique within one task and split; in a batch it tells the samples apart. Answers
+                # do not depend on the target, which may be too long to train on.
+                chunk.append(dataclasses.replace(sample, key=str(place), target=""))
+        if not chunk:
+            return [None] * len(samples)
+        batch = run.collator(chunk, features, [1.0] * len(chunk))
         texts = dict(zip((s.key for s in batch.samples), generate(run.model, batch, run.config), strict=True))
-        return [texts[sample.key] for sample in chunk]
+        return [texts.get(str(place)) for place in range(len(samples))]
 
     return ask
 
@@ -55,14 +72,27 @@ def generate(model: HyperPELT, batch: Batch, config: Config) -> list[str]:
     return model.backbone.decode(ids)
 
 
-def split_samples(manifest: Manifest, task: str, split: str) -> list[Sample]:
-    """All samples of one split of one task; ValueError if the task has no such split, or an empty one."""
-    samples = read_texts(manifest, task, split)
+def split_samples(manifest: Manifest, task: str, split: str) -> tuple[list[Sample], list[DamagedSample]]:
+    """The samples of one split of one task, less those that some rank cannot read, and what is wrong with these.
+
+    Every rank calls it and gets the same. ValueError if the task has no such split, an empty one, or one of which
+    nothing can be read.
+    """
+    own: dict[int, DamagedSample] = {}
+    read = read_texts(manifest, task, split, own)
+    damaged = {number: error for part in dist.gather(own) for number, error in part.items()}
+    numbers = [number for number in range(manifest.count(task, split)) if number not in own]
+    samples = [sample for number, sample in zip(numbers, read, strict=True) if number not in damaged]
+    errors = [damaged[number] for number in sorted(damaged)]
+    if errors and not samples:
+        raise ValueError(f"no sample of split {split!r} of task {task!r} can be read, the first: {errors[0]}")
+    if errors:
+        log.warning("%s, %s: %d samples cannot be read, the first: %s", task, split, len(errors), errors[0])
     if not samples:
         sizes = ", ".join(f"{name} ({manifest.count(task, name)})" for name in manifest.tasks[task])
         fault = f"has no samples in its split {split!r}" if split in manifest.tasks[task] else f"has no split {split!r}"
         raise ValueError(f"task {task!r} {fault} in {manifest.path}; its splits: {sizes or 'none'}")
-    return samples
+    return samples, errors
 
 
 def known_tasks(names: Sequence[str] | None, tasks_of_run: Sequence[str], run_dir: str | Path) -> Sequence[str]:

@@ -164,7 +164,9 @@ def check(
             f"{folder} was trained on a backbone with fingerprint {state['backbone'][:12]}, "
             f"but {config.model.backbone} has {backbone[:12]}: the frozen weights differ"
         )
-    saved, now = _flat(state["config"]), _flat(configuration.to_dict(config))
+    # a field that did not exist when the checkpoint was written had the effect of what is now its default
+    now, defaults = _flat(configuration.to_dict(config)), _flat(configuration.to_dict(Config()))
+    saved = defaults | _flat(state["config"])
     if saved["data.tasks"] != now["data.tasks"]:
         raise ValueError(f"{folder} was trained on tasks {saved['data.tasks']}, this run has {now['data.tasks']}")
     free = [*_FREE_TO_CHANGE, "train.steps"] if config.train.schedule == "constant" else _FREE_TO_CHANGE
@@ -186,6 +188,9 @@ def load(folder: Path, engine: Engine) -> Progress:
     engine.load(folder / "deepspeed")
     _restore_random_state(json.loads((folder / f"rank_{dist.rank()}.json").read_text()))
     progress = _read_state(folder)["progress"]
+    fields = {field.name for field in dataclasses.fields(StreamState)}
+    if set(progress["stream"]) != fields:
+        raise ValueError(f"{folder} was written by an older version: its data position cannot be read; start a new run")
     return Progress(**{**progress, "stream": StreamState(**progress["stream"])})
 
 

@@ -40,8 +40,8 @@ def validate(
 ) -> dict[str, dict[str, float]]:
     """The metrics of every trained task on at most `limit` samples of `split` (0: all): task -> metric -> score.
 
-    Every rank calls it and gets the same result. The model must be in eval mode. A task without samples in the split is
-    left out with a warning; ValueError if that leaves none.
+    Every rank calls it and gets the same result. The model must be in eval mode. A task without samples in the split,
+    or without one that can be used, is left out with a warning; ValueError if that leaves none.
     """
     names = [name for name in config.trained_tasks if manifest.count(name, split)]
     left_out = [name for name in config.trained_tasks if name not in names]
@@ -56,10 +56,17 @@ def validate(
         answered = zip(batch.samples, generate(model, batch, config), batch.loss_weights.tolist(), strict=True)
         found += [(sample, text) for sample, text, weight in answered if weight]
     gathered = [answer for part in dist.gather(found) for answer in part]
+    usable = {sample.task for sample, _ in gathered}
+    unusable = [name for name in names if name not in usable]
+    if not usable:
+        raise ValueError(f"no sample of split {split!r} can be used in {manifest.path}, of {', '.join(names)}")
+    if unusable:
+        warnings.warn(f"not scored, no sample of split {split!r} can be used: {', '.join(unusable)}", stacklevel=2)
     scores: dict[str, dict[str, float]] = {}
     for name in names:
-        samples, texts = zip(*(answer for answer in gathered if answer[0].task == name), strict=True)
-        scores[name] = metrics.score(tasks.get(name), texts, samples)
+        if name in usable:
+            samples, texts = zip(*(answer for answer in gathered if answer[0].task == name), strict=True)
+            scores[name] = metrics.score(tasks.get(name), texts, samples)
     return scores
 
 
@@ -82,8 +89,10 @@ def evaluate(
     `task_files` add tasks that were trained on top of the run. A run whose tasks are only described can be asked for
     any known task, trained or not. `manifest_path` names other data than the run was trained on. Each task
     is answered as it is, and once more under each control that `shuffle` names. Works in one process and under a
-    launcher, where only rank 0 has the scores; they are the same for any number of processes. Raises ValueError for a
-    folder that is no run, and for a task, split or control that it does not have or that is empty.
+    launcher, where only rank 0 has the scores; they are the same for any number of processes. A sample whose image
+    cannot be read is answered "" and counts, one whose text cannot be read is left out; a row says how many
+    (`unreadable`, `left_out`). Raises ValueError for a folder that is no run, and for a task, split or control that it
+    does not have or that is empty.
     """
     start = time.monotonic()
     for control in shuffle:
@@ -105,24 +114,29 @@ def evaluate(
         if left_out:
             log.info("not scored, since %s does not hold them: %s", manifest.path, ", ".join(left_out))
     names = known_tasks(names, run.model.tasks, run_dir)
-    if manifest_path is None and manifest.digest != identity_of(Path(run_dir))["manifest"]:
+    trained = {} if manifest_path is not None else identity_of(Path(run_dir))["data"]
+    changed = [name for name, content in manifest.digests(names).items() if trained.get(name, content) != content]
+    if changed:
         raise ValueError(
-            f"{run_dir} was trained on other data than {config.data.manifest} now holds: splits may differ"
+            f"{run_dir} was trained on other samples of {', '.join(changed)} than {config.data.manifest} now holds: "
+            f"splits may differ. --manifest says which to score on all the same"
         )
     ask, size = asker(run, Reader(manifest)), config.eval.batch_size
     rows: dict[str, Any] = {}
     for name in names:
-        samples = split_samples(manifest, name, split)
+        samples, damaged = split_samples(manifest, name, split)
         before = run.collator.truncated
         texts = answers(samples, ask, size)
         truncated = sum(dist.gather(run.collator.truncated - before))
         some, others = _some(samples, CONTROL_SAMPLES), {}
         for control in shuffle:
-            with CONTROLS[control](run, some) as changed:
-                others[control] = answers(changed, ask, size)
+            with CONTROLS[control](run, some) as asked:
+                others[control] = [text or "" for text in answers(asked, ask, size)]
         if dist.rank() == 0:
-            rows[name] = _row(tasks.get(name), samples, texts, read_texts(manifest, name, TRAIN, skip_damaged=True))
+            train = read_texts(manifest, name, TRAIN, damaged={})
+            rows[name] = _row(tasks.get(name), samples, [text or "" for text in texts], train)
             rows[name] |= _contrast(tasks.get(name), some, others) | {"truncated": truncated}
+            rows[name] |= {"unreadable": texts.count(None), "left_out": len(damaged)}
             log.info("%s: score %.3f, %d samples", name, rows[name]["score"], len(samples))
     scoring = time.monotonic() - start
     results = {
@@ -171,6 +185,11 @@ def table(results: Mapping[str, Any]) -> str:
         text.append(f"GLUE, mean of 11 numbers: {results['glue_mean']:.4f}")
     cut = [f"{row['truncated']:,} of {row['n']:,} in {name}" for name, row in rows.items() if row["truncated"]]
     text.append(f"sources cut at {results['max_source_length']} tokens: {', '.join(cut) or 'none'}")
+    blind = [f"{row['unreadable']:,} of {row['n']:,} in {name}" for name, row in rows.items() if row["unreadable"]]
+    lost = [f"{row['left_out']:,} in {name}" for name, row in rows.items() if row["left_out"]]
+    if blind or lost:
+        wrong = f"images, counted as wrong: {', '.join(blind) or 'none'}"
+        text.append(f"unreadable {wrong}; texts, left out: {', '.join(lost) or 'none'}")
     counts = f"{results['trainable']:,} trainable of {results['total']:,} parameters"
     seconds = f"{results['seconds']:.0f} s, of which scoring {results['scoring_seconds']:.0f} s"
     return "\n".join([*text, f"{counts}; {results['split']} split; {seconds}"])

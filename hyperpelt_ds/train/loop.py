@@ -97,7 +97,7 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
         configuration.save(config, folder / "config.json")
         identity = {
             "backbone": backbone,
-            "manifest": manifest.digest,
+            "data": manifest.digests(config.data.tasks),
             "encoder": _encoder(manifest, folder, config),
             "descriptions": description_sample(model),
             "records": tasks.own_records(config.data.tasks),
@@ -127,6 +127,9 @@ def resolve(config: Config, manifest: Manifest) -> Config:
             raise ValueError(f"task {name!r} has no samples in the train split of {config.data.manifest}")
         if tasks.needs_image(name) and config.vision.encoder is None:
             raise ValueError(f"task {name!r} needs images, but vision.encoder is not set")
+    for name in config.data.loss_weights:
+        if name not in names:
+            raise ValueError(f"data.loss_weights: {name!r} is not one of the run's tasks, {', '.join(names)}")
     if not any(manifest.count(name, VALIDATION) for name in trained):
         raise ValueError(f"no task of the run has samples in the {VALIDATION} split of {config.data.manifest}")
     data, model, vision, hypernet = config.data, config.model, config.vision, config.hypernet
@@ -232,6 +235,11 @@ def _validate(run: Run, progress: Progress, writer: Writer) -> Progress:
     writer.write(progress.step, {**flat, "eval/mean": mean})
     figures = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in flat.items())
     log.info("validation at step %d: mean %.4f  %s", progress.step, mean, figures)
+    if any(run.manifest.count(name, VALIDATION) for name in run.config.trained_tasks if name not in scores):
+        # The mean is over other tasks than the best's. Without a best, these weights are better than none.
+        if progress.best_score is None:
+            checkpoint.save_best(run.folder, run.engine, progress.step, mean, scores)
+        return progress
     if progress.best_score is not None and mean <= progress.best_score:
         return dataclasses.replace(progress, stale=progress.stale + 1)
     checkpoint.save_best(run.folder, run.engine, progress.step, mean, scores)

@@ -21,6 +21,7 @@ from hyperpelt_ds.tasks import needs_image
 from hyperpelt_ds.train import engine
 from hyperpelt_ds.train.answering import Ask, answers, asker, known_tasks, load_manifest, split_samples
 from hyperpelt_ds.train.submissions import FORMATS
+from hyperpelt_ds.vision.images import UnreadableImage
 
 log = dist.logger(__name__)
 
@@ -32,6 +33,7 @@ def predict(
     `out` in one of FORMATS. `task` is that of lines that name none, and the only one taken from a manifest.
 
     Works in one process and under a launcher, where rank 0 writes; the files are the same for any number of processes.
+    What cannot be read, text or image, is answered "" and named in the log; damaged texts come last in the files.
     Raises ValueError, before anything is answered, for a bad line (naming file and line), an unknown task, split or
     format, and samples that the format has no place for.
     """
@@ -46,20 +48,27 @@ def predict(
         engine.start_distributed()
     run = load(run_dir, dist.device())
     names = known_tasks([task] if task else None, run.config.data.tasks, run_dir)
+    damaged: list[Sample] = []
     if source.suffix == ".jsonl":
         samples, ask = read_lines(source, run, task), _ask_with_images(run)
     else:
         manifest = load_manifest(source, run, run_dir)
-        samples, ask = _stored(manifest, names, split), asker(run, Reader(manifest))
-    FORMATS[form].check(samples)
+        samples, damaged = _stored(manifest, names, split)
+        ask = asker(run, Reader(manifest))
+    FORMATS[form].check([*samples, *damaged])
     before = run.collator.truncated
-    texts = answers(samples, ask, run.config.eval.batch_size)
+    found = [*answers(samples, ask, run.config.eval.batch_size), *[None] * len(damaged)]
+    samples, texts = [*samples, *damaged], [text or "" for text in found]
     truncated = sum(dist.gather(run.collator.truncated - before))
     if dist.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in FORMATS[form].files(samples, texts, split).items():
             (out / name).write_text(content)
             log.info("wrote %s", out / name)
+        blind = [f"{s.task}/{s.key}" for s, text in zip(samples, found, strict=True) if text is None]
+        if blind:
+            print(f"{len(blind)} of {len(samples)} samples cannot be read, their predictions are empty", flush=True)
+            log.warning("%d samples cannot be read, their predictions are empty: %s", len(blind), ", ".join(blind))
         log.info("%d answers; sources cut at %d tokens: %d", len(texts), run.config.data.max_source_length, truncated)
 
 
@@ -129,18 +138,29 @@ def _sample(fields: dict[str, Any], run: Predictor, task: str | None, folder: Pa
 def _ask_with_images(run: Predictor) -> Ask:
     """Asks with pictures, which are encoded now."""
 
-    def ask(samples: Sequence[Sample]) -> list[str]:
+    def ask(samples: Sequence[Sample]) -> list[str | None]:
         names, texts = [sample.task for sample in samples], [sample.source for sample in samples]
-        return run.generate(names, texts, [sample.image for sample in samples], num_beams=run.config.eval.num_beams)
+        images, beams = [sample.image for sample in samples], run.config.eval.num_beams
+        try:
+            return [*run.generate(names, texts, images, num_beams=beams)]
+        except UnreadableImage as error:
+            if len(samples) > 1:
+                return [answer for sample in samples for answer in ask([sample])]
+            log.warning("no answer for %s/%s: %s", names[0], samples[0].key, error)
+            return [None]
 
     return ask
 
 
-def _stored(manifest: Manifest, names: Sequence[str], split: str) -> list[Sample]:
-    """The split's samples of those of `names` that have any, less their targets, which answers do not depend on."""
+def _stored(manifest: Manifest, names: Sequence[str], split: str) -> tuple[list[Sample], list[Sample]]:
+    """The split's samples of those of `names` that have any, and, empty but for task and key, those not readable.
+
+    A sample whose very key cannot be read has no place in any file, and is only warned of.
+    """
     here = [name for name in names if name in manifest.tasks]
     if not here:
         raise ValueError(f"{manifest.path} holds {', '.join(manifest.tasks)}, but not {' or '.join(names)}")
     chosen = [name for name in here if manifest.count(name, split)] or here[:1]  # the first, to say what it lacks
-    samples = [sample for name in chosen for sample in split_samples(manifest, name, split)]
-    return [dataclasses.replace(sample, target="") for sample in samples]
+    found = {name: split_samples(manifest, name, split) for name in chosen}
+    damaged = [Sample(error.key, name, "", "") for name, (_, errors) in found.items() for error in errors if error.key]
+    return [sample for samples, _ in found.values() for sample in samples], damaged

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -19,10 +20,10 @@ from hyperpelt_ds import config as configuration
 from hyperpelt_ds import dist, task_file
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
-from hyperpelt_ds.data.collate import collator_for
+from hyperpelt_ds.data.collate import UnusableSample, collator_for
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.plain import train_stream
-from hyperpelt_ds.data.reader import Reader
+from hyperpelt_ds.data.reader import DamagedSample, Reader
 from hyperpelt_ds.model import HyperPELT, beside, identity_of, weights_file
 from hyperpelt_ds.train.answering import check_features
 
@@ -185,15 +186,30 @@ def _copy_entry(model: HyperPELT, source: int, target: int) -> None:
 def _losses(
     model: HyperPELT, config: Config, manifest: Manifest, task: str, candidates: Sequence[str]
 ) -> dict[str, float]:
-    """The mean loss on training samples of `task`, answered as each of the `candidates`."""
+    """The mean loss on training samples of `task`, answered as each of the `candidates`.
+
+    Samples that cannot be used are skipped; ValueError, on every rank, if that leaves none.
+    """
     ranks = dist.rank(), dist.world_size()
     stream = train_stream(manifest, config, config.data.tasks, model.backbone.tokenizer, *ranks)
-    samples = stream.samples(task, SAMPLES)
     reader, collator = Reader(manifest), collator_for(config, config.data.tasks, model.backbone.tokenizer)
     was_training, size = model.training, config.train.micro_batch
 
+    samples: list[Sample] = []
+    features: dict[str, np.ndarray] = {}
+    for sample in stream.samples(task, SAMPLES):
+        try:
+            collator.rows([sample], [1.0])
+            features |= reader.images([sample]) if collator.grid else {}
+        except (DamagedSample, UnusableSample) as error:
+            log.warning("not asked which task %s is like: %s", task, error)
+        else:
+            samples.append(sample)
+    if not all(dist.gather(len(samples))):
+        raise ValueError(f"task {task!r}: no training sample that was drawn can be used in {manifest.path}")
+
     def loss(chunk: list[Sample]) -> float:
-        batch = collator(chunk, reader.images(chunk) if collator.grid else {}, [1.0] * len(chunk))
+        batch = collator(chunk, features, [1.0] * len(chunk))
         return float(model(batch.to(dist.device())).sample_losses.sum())
 
     model.eval()
