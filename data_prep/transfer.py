@@ -12,8 +12,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from parts.building import SHOTS, build, locked
+from parts.building import build, locked
 from parts.command_line import at_least, chosen, run
+from parts.places import SHOTS
 from parts.text_sets import TextSet, read
 
 SETS = {

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from parts import building, official
+from parts import official
 
 Files = tuple[str, ...]
 
@@ -17,7 +17,7 @@ Files = tuple[str, ...]
 def wanted_images(folder: Path, tasks: Iterable[str], shard_size: int, limit: int) -> dict[str, Files]:
     """Image -> files, each image once, in the order of first use; the tasks take turns, by a shard's worth of images,
     so that the neighbours in a task remain neighbours."""
-    paths = {task: folder / building.IMAGES / f"{task}.jsonl" for task in tasks}
+    paths = {task: folder / places.IMAGES / f"{task}.jsonl" for task in tasks}
     lists = {task: _listed(path) for task, path in paths.items() if path.is_file()}
     turn = min(shard_size, -(-limit // max(len(lists), 1)) or shard_size)
     wanted: dict[str, Files] = {}
@@ -35,7 +35,7 @@ def wanted_images(folder: Path, tasks: Iterable[str], shard_size: int, limit: in
                 del lists[task]
     if not wanted:
         raise ValueError(
-            f"{folder / building.IMAGES}: holds no list of images for any of {', '.join(tasks)}; builders of "
+            f"{folder / places.IMAGES}: holds no list of images for any of {', '.join(tasks)}; builders of "
             "tasks with images write them"
         )
     wanted = dict(itertools.islice(wanted.items(), limit or None))
@@ -43,7 +43,7 @@ def wanted_images(folder: Path, tasks: Iterable[str], shard_size: int, limit: in
     if len(counts) > 1:
         examples = ", ".join(f"{image!r} has {count}" for count, image in sorted(counts.items()))
         raise ValueError(
-            f"{folder / building.IMAGES}: not all images have the same number of files ({examples}); the features of a "
+            f"{folder / places.IMAGES}: not all images have the same number of files ({examples}); the features of a "
             "data set have one size: build such tasks into data sets of their own"
         )
     return wanted
