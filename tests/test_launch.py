@@ -165,7 +165,7 @@ def test_evaluate_writes_every_column_and_prints_the_table(call, finished_run, t
     assert 0 < results["trainable"] < results["total"] and results["seconds"] > 0
     for name, row in results["tasks"].items():
         assert {"metrics", "score", "low", "high", "baseline", "bag_of_words", "shuffled_task", "shuffled_image",
-                "shuffled_n", "n", "truncated", "groups"} == row.keys()  # fmt: skip
+                "shuffled_n", "n", "truncated", "unreadable", "left_out", "groups"} == row.keys()  # fmt: skip
         assert row["n"] == 12 and 0 <= row["low"] <= row["score"] <= row["high"] <= 1
         assert (row["bag_of_words"] is None) == (row["shuffled_image"] is not None), "text has words, vision has images"
         assert name in out

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from parts import official
+from parts import official, places
 
 Files = tuple[str, ...]
 
