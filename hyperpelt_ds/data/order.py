@@ -135,24 +135,25 @@ class _Line:
         self.whole = self.samples <= SMALL and len(sizes) <= WINDOW * lanes
         self.lanes = 1 if self.whole else lanes
         self._sizes = np.array(sizes)
-        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)]).tolist()
+        self._lane_edges = [self.samples * edge // self.lanes for edge in range(self.lanes + 1)]
         self._stream = seed, zlib.crc32(task.encode())
         self._windows: dict[int, _Window] = {}
         self._epochs: dict[int, _Epoch] = {}
 
     def locate(self, lane: int, draw: int) -> int:
-        begin, end = (self.samples * edge // self.lanes for edge in (lane, lane + 1))
+        begin, end = self._lane_edges[lane], self._lane_edges[lane + 1]
         epoch, offset = divmod(draw, end - begin)
         place = begin + offset
         window = self._windows.get(lane)
         if window is None or window.epoch != epoch or not window.start <= place < window.start + len(window.order):
             window = self._windows[lane] = self._window(epoch, lane, begin, end, place)
-        position = window.start + int(window.order[place - window.start])
+        position = window.start + window.order.item(place - window.start)
         if self.whole:
             return position
         line = self._epoch(epoch)
         shard = bisect_right(line.edges, position) - 1
-        return int(self._starts[line.shards[shard]]) + position - line.edges[shard]
+        return self._starts[line.shards.item(shard)] + position - line.edges[shard]
 
     def _window(self, epoch: int, lane: int, begin: int, end: int, place: int) -> _Window:
         """The window around `place` of a lane that owns begin .. end of the line."""
