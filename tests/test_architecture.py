@@ -25,8 +25,9 @@ RANKS = {
     "export": 3,
     "counts": 4,
     "train": 4,
-    "launch": 5,
-    "data_prep": 5,
+    "study": 5,
+    "launch": 6,
+    "data_prep": 6,
 }
 # vision.load_encoder reaches for CLIP, which is a transformers model, inside the function that needs it.
 # export is a use of the whole model, as training is, but one that training must not know.

@@ -7,10 +7,9 @@ is run, nor what its test scores are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-SUITES = ("small",)
 GROUPS = ("grid", "core", "image", "ablation", "transfer", "description")
 """What the names of cells begin with."""
 RECIPE = "demo"
@@ -146,6 +145,8 @@ SEEDS = 3
 TRANSFER_TASKS = ("wikipedia_topic", "movie_rating")
 """Left out of the runs that transfer starts from, one on the inputs of a trained task and one on its own."""
 TRANSFER_BASE = ("movie_sentiment", "wikipedia_description", "easy_vqa", "shape_caption")
+KEPT = ("transfer/start/hyperpelt", "transfer/start/shared_adapter")
+"""Cells whose weights others start from; those of all others are deleted when they are recorded."""
 SHOTS = (16, 64, 256)
 TRANSFER_SEEDS = 5
 TRANSFER_STEPS = 60
@@ -173,7 +174,7 @@ class Cell:
     """Whether `scored` are tasks that were never trained and are only described."""
 
 
-def cells(validation: Mapping[str, float]) -> list[Cell]:
+def small(validation: Mapping[str, float]) -> list[Cell]:
     """All cells that are known, given the validation scores of the finished ones (cell name -> score), in the order in
     which they are to be run: the learning rates first, then the main table seed by seed, then the rest."""
     chosen: dict[str, float] = {}
@@ -288,3 +289,17 @@ def _transfer_cell(way: str, task: str, shots: int, seed: int) -> Cell:
     train = "embeddings" if way == "embeddings" else "all"
     settings = _run(own, rate, seed, TRANSFER_STEPS, ())
     return Cell(name, settings, scored=(task,), start=start, new_task=task, train=train)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A plan as it is run. `cells` gives all that are known, given the validation scores of the recorded ones."""
+
+    cells: Callable[[Mapping[str, float]], list[Cell]]
+    tasks: tuple[str, ...]
+    """All tasks that some cell is scored on."""
+    data: tuple[str, ...] = ()
+    """Settings that say where the data is, if not where the recipe has it."""
+
+
+SUITES = {"small": Suite(small, tuple(dict.fromkeys([*TASKS, *TRANSFER_TASKS])))}

@@ -19,15 +19,15 @@ from typing import Any
 
 from hyperpelt_ds import recipes
 from hyperpelt_ds.data.manifest import Manifest
-from hyperpelt_ds.study import cells, plan
+from hyperpelt_ds.study import cells, plan, references, report
 from hyperpelt_ds.study.cells import Record
-from hyperpelt_ds.study.plan import Cell
+from hyperpelt_ds.study.plan import Cell, Suite
 
 CELLS_A_PROCESS = 12
 """A process is then replaced: starting one costs ten seconds, and what engines leave behind goes with it."""
 
 
-def run(out: Path, folder: Path, jobs: int, minutes: float = 0, only: Sequence[str] = ()) -> int:
+def run(suite: Suite, out: Path, folder: Path, jobs: int, minutes: float = 0, only: Sequence[str] = ()) -> int:
     """Runs what is missing in `out`, adds a line for every cell, and returns how many known cells are still missing.
 
     With `minutes`, no cell is started after so many. `only` names groups of cells (what a name begins with). ValueError
@@ -35,31 +35,33 @@ def run(out: Path, folder: Path, jobs: int, minutes: float = 0, only: Sequence[s
     """
     began = time.monotonic()
     records = read(out)
-    _head(out, records)
+    _head(suite, out, records)
     running: dict[Future[Record], Cell] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _quiet, max_tasks_per_child=CELLS_A_PROCESS) as pool:
         while True:
-            todo = [cell for cell in missing(records, only) if cell not in running.values()]
+            todo = [cell for cell in missing(suite, records, only) if cell not in running.values()]
             late = minutes and time.monotonic() - began > 60 * minutes
             for cell in todo[: jobs - len(running)] if not late else []:
-                start = next((other for other in plan.cells(validation(records)) if other.name == cell.start), None)
+                start = next(
+                    (other for other in suite.cells(report.validation(records)) if other.name == cell.start), None
+                )
                 if start is not None and not (folder / start.name / "LATEST").is_file():
                     if start in running.values():
                         continue
                     cell = start  # recorded, but its weights are not on this machine
                 running[pool.submit(cells.run, cell, folder)] = cell
             if not running:
-                return len(missing(records, only))
+                return len(missing(suite, records, only))
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 cell = running.pop(future)
                 record = future.result() | {"made_with": cells.fingerprint(cell)}
-                _forget(folder / cell.name, keep=cell.name.startswith("transfer/start/"))
+                _forget(folder / cell.name, keep=cell.name in plan.KEPT)
                 if cell.name not in records:
                     records[cell.name] = record
                     _append(out, record)
-                left = len(missing(records, only))
+                left = len(missing(suite, records, only))
                 figures = f"validation {record['validation']:.3f}  {record['cpu_seconds']:.0f} s of CPU"
                 print(f"{cell.name}  {figures}  {left} to go", flush=True)
 
@@ -78,13 +80,9 @@ def read(out: Path) -> dict[str, Record]:
     return records
 
 
-def validation(records: dict[str, Record]) -> dict[str, float]:
-    return {name: record["validation"] for name, record in records.items() if name}
-
-
-def missing(records: dict[str, Record], only: Sequence[str] = ()) -> list[Cell]:
+def missing(suite: Suite, records: dict[str, Record], only: Sequence[str] = ()) -> list[Cell]:
     """The cells that are known and not recorded; ValueError for a record that was made with other settings."""
-    known = plan.cells(validation(records))
+    known = suite.cells(report.validation(records))
     for cell in known:
         if cell.name in records and records[cell.name]["made_with"] != cells.fingerprint(cell):
             raise ValueError(f"the record of {cell.name} was made with other settings than the plan has now; delete it")
@@ -95,19 +93,19 @@ def missing(records: dict[str, Record], only: Sequence[str] = ()) -> list[Cell]:
     ]
 
 
-def _head(out: Path, records: dict[str, Record]) -> None:
-    """The first record: the data, and which test samples belong to one item; compared if it is there already."""
-    manifest = Manifest.of(recipes.get(plan.RECIPE).data)
-    names = dict.fromkeys([*plan.TASKS, *plan.TRANSFER_TASKS])
+def _head(suite: Suite, out: Path, records: dict[str, Record]) -> None:
+    """What is recorded before any cell: the data, which test samples belong to one item, and the rows that no model
+    makes. Compared with what is there already."""
+    manifest = Manifest.of(recipes.get(plan.RECIPE).override(suite.data).data)
     places: dict[str, int] = {}
     items = {}
     groups = {}
-    for name in names:
+    for name in suite.tasks:
         samples = cells.test_samples(manifest, name)
         items[name] = [places.setdefault(sample.item, len(places)) for sample in samples]
         groups[name] = [sample.group or "" for sample in samples]
     head: dict[str, Any] = {
-        "data": manifest.digests(names),
+        "data": manifest.digests(suite.tasks),
         "items": items,
         "groups": {name: own for name, own in groups.items() if any(own)},
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
@@ -117,6 +115,9 @@ def _head(out: Path, records: dict[str, Record]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         records[""] = head
         _append(out, head)
+    if references.NAME not in records:
+        records[references.NAME] = references.measure(manifest, suite.tasks)
+        _append(out, records[references.NAME])
     for part in ("data", "items"):
         if records[""][part] != head[part]:
             raise ValueError(f"{out} holds results on other data than {manifest.path} has now ({part} differ)")
