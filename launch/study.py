@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def study(
 ) -> None:
     """Run what is missing of the study, several cells at a time, and write its page of results.
 
-    Can be interrupted at any time and given again: a finished cell is a line of the records and is not run again.
+    Can be interrupted at any time and given again: a finished cell is a line of the records and is not run again. The
+    page also shows what `launch/bench_step.py --cases study` (cost.jsonl) and launch/bench_adapters.py
+    (cost_adapters.jsonl) wrote beside the records.
 
     Examples:
         python data_prep/demo.py --out data/demo
@@ -42,7 +45,7 @@ def study(
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     os.environ["DS_ACCELERATOR"], os.environ["TOKENIZERS_PARALLELISM"] = "cpu", "false"
-    from hyperpelt_ds.study import plan, runner
+    from hyperpelt_ds.study import costs, plan, runner
     from hyperpelt_ds.study import report as page
 
     if suite not in plan.SUITES:
@@ -58,7 +61,15 @@ def study(
         left = runner.run(plan.SUITES[suite], records, Path(runs), jobs, minutes, groups)
         print(f"{left} cells are still missing; give the command again" if left else "all cells are recorded")
     target = Path(report or "docs/results.md")
-    target.write_text(page.write(runner.read(records)))
+    found = runner.read(records)
+    files = [records.parent / name for name in ("cost.jsonl", "cost_adapters.jsonl")]
+    lines = [json.loads(line) for file in files if file.is_file() for line in file.read_text().splitlines()]
+    target.write_text(page.write(found, lines))
+    figure = target.parent / costs.FIGURE
+    drawn = costs.image_figure(page.image_scores(found), lines)
+    if drawn:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        figure.write_text(drawn)
     print(f"wrote {target}")
 
 

@@ -33,7 +33,7 @@ RANKS = {
 # export is a use of the whole model, as training is, but one that training must not know.
 ALLOWED_EDGES = {("vision", "backbones"), ("export", "model")}
 ONLY_IN = {
-    "transformers": ("hyperpelt_ds/backbones/", "data_prep/", "launch/bench_data.py"),
+    "transformers": ("hyperpelt_ds/backbones/", "data_prep/", "launch/bench_data.py", "launch/bench_adapters.py"),
     "deepspeed": ("hyperpelt_ds/train/engine.py",),
     "triton": ("hyperpelt_ds/kernels/",),
     "webdataset": ("hyperpelt_ds/data/", "launch/bench_data.py"),
@@ -43,6 +43,7 @@ ONLY_IN = {
     "tensorboard": ("hyperpelt_ds/train/metrics.py",),
     "torch.utils.tensorboard": ("hyperpelt_ds/train/metrics.py",),
     "peft": ("launch/bench_step.py",),
+    "adapters": ("launch/bench_adapters.py",),
     "sklearn": ("hyperpelt_ds/tasks/metrics.py",),
     "scipy": ("hyperpelt_ds/tasks/metrics.py",),
     "sacrebleu": ("hyperpelt_ds/tasks/metrics.py",),

@@ -13,7 +13,7 @@ from conftest import overrides
 
 from hyperpelt_ds import recipes
 from hyperpelt_ds.counts import estimate
-from hyperpelt_ds.study import cells, plan, report, runner
+from hyperpelt_ds.study import cells, costs, plan, report, runner
 from hyperpelt_ds.study.plan import METHODS, Cell, Suite
 from hyperpelt_ds.study.statistics import Bootstrap, Figure, point, verdict
 
@@ -281,3 +281,16 @@ def test_the_command_names_what_is_wrong(call, tmp_path):
     ):
         code, _, errors = call(study, *flags)
         assert code == 2 and said in errors
+
+
+def test_cost_stands_beside_score_and_the_figure_has_a_point_for_every_way_that_was_run(records):
+    lines = [
+        {"system": system, "metric": metric, "median": 100.0 + i, "min": 1, "max": 2, "ratio": 1.5, "case": "study",
+         "hardware": "h", "threads": 1}
+        for i, system in enumerate(costs.SYSTEMS.values()) for metric in costs.METRICS
+    ]  # fmt: skip
+    page, scores = report.write(records, lines), report.image_scores(records)
+    assert list(scores) == ["weights"] and f"| weights | {scores['weights']:.3f} | 1.50x" in page
+    drawn = costs.image_figure(scores, lines)
+    assert drawn.count("<circle") == 1 and f"weights {scores['weights']:.3f}" in drawn
+    assert costs.image_figure({}, lines) == "" and "Not measured yet" in report.write(records)

@@ -129,6 +129,7 @@ IMAGE_WAYS: dict[str, tuple[str, ...]] = {
     "neither": (*_HYPERPELT, "hypernet.conditions=task"),
 }
 """How the image of HyperPELT enters, beside `weights`, which is the method itself."""
+IMAGE_CELLS = 16
 
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "adapter_only": ("modules.kinds=adapter", "modules.bottleneck=16", "modules.prefix_length=8"),

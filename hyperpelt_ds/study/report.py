@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from hyperpelt_ds.study import plan, references
+from hyperpelt_ds.study import costs, plan, references
 from hyperpelt_ds.study.cells import Record, unpack
+from hyperpelt_ds.study.costs import markdown
 from hyperpelt_ds.study.plan import METHODS, Cell, core_name
 from hyperpelt_ds.study.statistics import Bootstrap, Figure, Scores, point, verdict
 
 Records = Mapping[str, Record]
+VISION_TASKS = ("easy_vqa", "shape_caption")
 _SHORT = {
     "movie_sentiment": "sentiment",
     "movie_rating": "rating",
@@ -26,8 +28,8 @@ _SHORT = {
 }
 
 
-def write(records: Records) -> str:
-    """The page as Markdown."""
+def write(records: Records, measured: Sequence[costs.Line] = ()) -> str:
+    """The page as Markdown. `measured` are the lines of launch/bench_step.py and bench_adapters.py, case `study`."""
     if "" not in records:
         raise ValueError("there are no records yet; launch/study.py without --report_only makes them")
     boot = Bootstrap({task: records[""]["items"][task] for task in plan.TASKS}, plan.DRAWS, plan.CONFIDENCE)
@@ -37,10 +39,12 @@ def write(records: Records) -> str:
         _rates(records),
         _core(records, boot),
         _identity(records),
-        _variants(records, boot, "image", "Weights or tokens?", {"weights": "", **dict.fromkeys(plan.IMAGE_WAYS, "")}),
-        _variants(records, boot, "ablation", "Ablations", {"hyperpelt": "", **dict.fromkeys(plan.ABLATIONS, "")}),
+        _variants(records, boot, "image", "Weights or tokens?", ["weights", *plan.IMAGE_WAYS]),
+        costs.image_table(image_scores(records), measured),
+        _variants(records, boot, "ablation", "Ablations", ["hyperpelt", *plan.ABLATIONS]),
         _transfer(records),
         _described(records),
+        costs.table(measured),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -112,7 +116,7 @@ def _rates(records: Records) -> str:
         rows.append([method.title, *(by_rate.get(rate, "") for rate in (plan.LOWER, *plan.RATES, plan.HIGHER))])
     header = ["method", *(f"{rate:g}" for rate in (plan.LOWER, *plan.RATES, plan.HIGHER))]
     said = f"Mean validation score after {plan.GRID_STEPS} steps; bold is what was then used."
-    return f"## Learning rates\n\n{said}\n\n{_table(header, rows)}"
+    return f"## Learning rates\n\n{said}\n\n{markdown(header, rows)}"
 
 
 def _core(records: Records, boot: Bootstrap) -> str:
@@ -154,7 +158,7 @@ def _core(records: Records, boot: Bootstrap) -> str:
         "those run). The last columns compare HyperPELT (task not named) with the row: difference and what it counts "
         f"as, at a margin of {plan.MARGIN:g}."
     )
-    lines.append(_table(header, rows))
+    lines.append(markdown(header, rows))
     lines += [*_against_full(records, own), *_by_group(records), _oracle(records)]
     worse = [f"{title} ({_interval(d, signed=True)})" for title, d, decided in judged if decided == "worse"]
     undecided = [title for title, _, decided in judged if decided == "undecided"]
@@ -225,7 +229,7 @@ def _identity(records: Records) -> str:
     if not rows:
         return "## Task identity and image\n\nNot run yet."
     tasks = [_SHORT[task] for task in plan.TASKS]
-    vision = [_SHORT[task] for task in ("easy_vqa", "shape_caption")]
+    vision = [_SHORT[task] for task in VISION_TASKS]
     header = [
         "method",
         "seeds",
@@ -236,12 +240,12 @@ def _identity(records: Records) -> str:
         f"Scores of at most {plan.CONTROL_SAMPLES} samples a task under another task (and its name, where tasks are "
         "named), and under another image. Near the true score would mean that it is not used."
     )
-    return f"## Task identity and image\n\n{said}\n\n{_table(header, rows)}"
+    return f"## Task identity and image\n\n{said}\n\n{markdown(header, rows)}"
 
 
 def _control_cells(records: Records, names: Sequence[str]) -> list[str]:
     cells = []
-    for control, tasks in (("task", plan.TASKS), ("image", ("easy_vqa", "shape_caption"))):
+    for control, tasks in (("task", plan.TASKS), ("image", VISION_TASKS)):
         for task in tasks:
             found = [records[name]["controls"].get(task, {}).get(control) for name in names]
             cells.append(_score(float(np.mean([unpack(text).mean() for text in found if text]))) if any(found) else "")
@@ -275,7 +279,15 @@ def _variants(records: Records, boot: Bootstrap, group: str, title: str, names: 
         )
     header = ["variant", "trained", "seeds", *(_SHORT[task] for task in plan.TASKS), "mean [95 %]"]
     header += ["minus the method", "it is"]
-    return f"## {title}\n\n{_table(header, rows)}"
+    return f"## {title}\n\n{markdown(header, rows)}"
+
+
+def image_scores(records: Records) -> dict[str, float]:
+    """How the image enters -> the mean score of the tasks with images, for the ways that were run."""
+    ways = {"weights": [core_name("hyperpelt", False, seed) for seed in range(plan.SEEDS)]}
+    ways |= {way: [f"image/{way}/seed{seed}" for seed in range(plan.SEEDS)] for way in plan.IMAGE_WAYS}
+    found = {way: scores_of(records, recorded(records, names), VISION_TASKS) for way, names in ways.items()}
+    return {way: point(scores) for way, scores in found.items() if scores}
 
 
 def _transfer(records: Records) -> str:
@@ -298,7 +310,7 @@ def _transfer(records: Records) -> str:
             rows.append([title, *cells])
         if any(cell for row in rows for cell in row[1:]):
             parts.append(f"{task}, mean and standard error over seeds:")
-            parts.append(_table(["way", *(f"{shots} samples" for shots in plan.SHOTS)], rows))
+            parts.append(markdown(["way", *(f"{shots} samples" for shots in plan.SHOTS)], rows))
     return "\n\n".join(parts if len(parts) > 1 else [*parts, "Not run yet."])
 
 
@@ -315,7 +327,7 @@ def _described(records: Records) -> str:
             controls.append(_mean_and_error([float(unpack(text).mean()) for text in found if text]))
         rows.append([task, scores, *controls])
     header = ["task, never trained", "its description", "another task's", "a paraphrase", "about no task"]
-    return f"## Zero-shot by description\n\n{len(names)} of {plan.SEEDS} seeds.\n\n{_table(header, rows)}"
+    return f"## Zero-shot by description\n\n{len(names)} of {plan.SEEDS} seeds.\n\n{markdown(header, rows)}"
 
 
 def _mean_and_error(values: Sequence[float]) -> str:
@@ -332,8 +344,3 @@ def _score(value: float | None) -> str:
 def _interval(figure: Figure, signed: bool = False) -> str:
     sign = "+" if signed else ""
     return f"{figure.value:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
