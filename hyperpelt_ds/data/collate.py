@@ -5,7 +5,7 @@ The tokenizer is any fast tokenizer of Hugging Face, handed in. This file must n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,8 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Sample
 
 IGNORED = -100  # the label that a loss leaves out
+Stack = Callable[[Sequence[np.ndarray]], Tensor]
+"""Makes one tensor (C', V, F) of the features (V, F) of images."""
 
 
 class UnusableSample(ValueError):
@@ -86,15 +88,16 @@ class Collator:
         targets = self.targets(samples)
         return [Row(*row) for row in zip(samples, self._sources(samples), targets, loss_weights, strict=True)]
 
-    def batch(self, rows: Sequence[Row], features: Mapping[str, np.ndarray]) -> Batch:
-        """Rows as one padded micro-batch, sorted by condition. features: image id -> (V, F).
+    def batch(self, rows: Sequence[Row], features: Mapping[str, np.ndarray], stack: Stack | None = None) -> Batch:
+        """Rows as one padded micro-batch, sorted by condition. features: image id -> (V, F). The batch's images are
+        what `stack` makes of them, float32 if there is none.
 
         Raises ValueError naming the image for missing features or features of another shape.
         """
         rows = sorted(rows, key=lambda row: (self._rows[row.sample.task], row.sample.image or ""))
         samples = [row.sample for row in rows]
         tasks, task_rows = _distinct([self._rows[sample.task] for sample in samples])
-        images, image_rows = self._images(samples, features) if self.grid else (None, None)
+        images, image_rows = self._images(samples, features, stack or _stacked) if self.grid else (None, None)
         input_ids = _padded([row.source for row in rows], self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(row.source) for row in rows])
         labels = _padded([row.target for row in rows], IGNORED)
@@ -144,7 +147,9 @@ class Collator:
                 raise UnusableSample(sample, reason)
         return targets
 
-    def _images(self, samples: Sequence[Sample], features: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    def _images(
+        self, samples: Sequence[Sample], features: Mapping[str, np.ndarray], stack: Stack
+    ) -> tuple[Tensor, Tensor]:
         names, rows = _distinct([sample.image for sample in samples if sample.image is not None])
         for name in names:
             if name not in features:
@@ -156,7 +161,7 @@ class Collator:
         grids = [features[name] for name in names] or [np.zeros(self.grid, dtype=np.float32)]
         found = iter(rows)
         image_rows = [-1 if sample.image is None else next(found) for sample in samples]
-        return torch.from_numpy(np.stack(grids)).float(), torch.tensor(image_rows)
+        return stack(grids), torch.tensor(image_rows)
 
 
 def source_start(task: str) -> str:
@@ -176,6 +181,10 @@ def collator_for(config: Config, tasks: Sequence[str], tokenizer: Any) -> Collat
         vision.channels if vision else None,
         config.data.name_task,
     )
+
+
+def _stacked(grids: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(grids)).float()
 
 
 def _distinct(items: Sequence[Any]) -> tuple[list[Any], list[int]]:

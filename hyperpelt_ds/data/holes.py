@@ -13,7 +13,7 @@ import numpy as np
 
 from hyperpelt_ds.contracts import Batch, Hole, Sample
 from hyperpelt_ds.data.batching import cut
-from hyperpelt_ds.data.collate import Collator, UnusableSample
+from hyperpelt_ds.data.collate import Collator, Stack, UnusableSample
 from hyperpelt_ds.data.reader import DamagedSample, Reader
 from hyperpelt_ds.tasks import TASKS
 from hyperpelt_ds.tasks.task import check_target
@@ -35,10 +35,12 @@ def read_batches(
     loss_weights: Mapping[str, float],
     parts: int = 1,
     budget: int = 0,
+    stack: Stack | None = None,
 ) -> tuple[list[Batch], list[Hole]]:
     """The samples of `places` as `parts` micro-batches of neighbours in length, and what could not be used of them.
 
-    `budget` is about the tokens that a micro-batch may have, 0 for any number.
+    `budget` is about the tokens that a micro-batch may have, 0 for any number. `stack` makes the images of the batches,
+    one batch after the other.
     A sample that is usable weighs what `loss_weights` says of its task, 1 if it is not named.
     """
     holes: list[Hole] = []
@@ -72,7 +74,7 @@ def read_batches(
             at = samples.index(error.sample)
             leave_out(places[at], at, error)
     groups = cut([(len(row.source), len(row.target)) for row in rows], parts, budget)
-    return [collator.batch([rows[i] for i in group], features) for group in groups], holes
+    return [collator.batch([rows[i] for i in group], features, stack) for group in groups], holes
 
 
 def _reason(error: ValueError, shard: str) -> str:

@@ -6,9 +6,8 @@ not know the model, the engine or the loss; of processes it knows only rank and 
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import TRAIN, Batch, Hole, Sample, StreamState
@@ -25,14 +24,15 @@ from hyperpelt_ds.data import batching
 from hyperpelt_ds.data.choice import choose, count
 from hyperpelt_ds.data.collate import Collator, collator_for
 from hyperpelt_ds.data.folder import Unreachable
+from hyperpelt_ds.data.handover import Shelf, Spot, in_turn, message_items, pack_samples, unpack_samples
 from hyperpelt_ds.data.holes import Place, read_batches
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.order import Counts, Order, default_lanes, mixture
 from hyperpelt_ds.data.reader import DamagedSample, Reader
 
-Packed = tuple[list[tuple[Any, ...]] | ValueError, list[Hole], int]
+Packed = tuple[list[tuple[Any, ...]] | ValueError, list[Hole], int, int | None]
 """A rank's part of a step as it passes between processes: micro-batches (or why there are none), what could not be used
-of them, and how many sources were cut."""
+of them, how many sources were cut, and the slot of the shelf that it was lent."""
 
 _MEASURED = 16  # samples of a task whose tokens are counted to know about how many a byte makes
 
@@ -94,7 +94,8 @@ class TrainStream:
         self._planned.clear()
         self._given = 0
         steps = Steps(self._reader, self._collator, self.config)
-        for batches, holes, truncated in read_ahead(steps, self.config.data.workers, self._plan()):
+        samples = self.config.train.global_batch // self.world_size
+        for batches, holes, truncated in read_ahead(steps, self.config.data.workers, self._plan(), samples):
             self.truncated += truncated
             self._planned[self._given].holes += holes
             self._given += 1
@@ -134,7 +135,7 @@ class TrainStream:
         data = self.manifest.digests(drawn)
         return StreamState(train.seed, data, self.order.lanes, train.global_batch, samples, copied)
 
-    def _plan(self) -> Iterator[Any]:  # of what _Steps takes; torch's type for it is a list
+    def _plan(self) -> Iterator[tuple[list[Place], int]]:
         """This rank's places of step after step, and how many micro-batches they make; runs ahead of the reading."""
         train, lanes = self.config.train, self.order.lanes
         shares = [batching.share(train.global_batch, lanes, rank, self.world_size) for rank in range(self.world_size)]
@@ -174,44 +175,64 @@ class Steps(Dataset[Any]):
     def __init__(self, reader: Reader, collator: Collator, config: Config) -> None:
         self.reader, self.collator = reader, collator
         self.weights, self.budget = config.data.loss_weights, config.train.micro_tokens
+        self.shelf: Shelf | None = None
 
-    def __getitems__(self, step: tuple[list[Place], int]) -> Packed:
-        return self.read(*step)
+    def __getitems__(self, steps: list[tuple[list[tuple[Any, ...]], int, int | None]]) -> list[Packed]:
+        """Steps as columns of places, a number of micro-batches and a slot of the shelf."""
+        return [self.read([*map(Place, *places)], parts, slot) for places, parts, slot in steps]
 
-    def read(self, places: list[Place], parts: int) -> Packed:
+    def read(self, places: list[Place], parts: int, slot: int | None = None) -> Packed:
         """The places as `parts` micro-batches. An error comes back as a value: torch would wrap one that is raised."""
         before = self.collator.truncated
+        stack = _Stack(self.shelf, slot)
         try:
-            batches, holes = read_batches(self.reader, self.collator, TRAIN, places, self.weights, parts, self.budget)
+            batches, holes = read_batches(
+                self.reader, self.collator, TRAIN, places, self.weights, parts, self.budget, stack
+            )
         except (ValueError, Unreachable) as error:
-            return ValueError(str(error)), [], 0
-        return [_packed(batch) for batch in batches], holes, self.collator.truncated - before
+            return ValueError(str(error)), [], 0, slot
+        packed = [_packed(batch, images) for batch, images in itertools.zip_longest(batches, stack.stacked)]
+        return packed, holes, self.collator.truncated - before, slot
+
+
+class _Stack:
+    """Lays the images of one micro-batch after the other on the shelf, or into a tensor if they have no room there."""
+
+    def __init__(self, shelf: Shelf | None, slot: int | None) -> None:
+        self.shelf, self.slot = shelf, slot
+        self.stacked: list[Spot | Tensor] = []
+        self.rows = 0
+
+    def __call__(self, grids: Sequence[np.ndarray]) -> Tensor:
+        spot = self.shelf.put(self.slot, self.rows, grids) if self.shelf else None
+        self.rows += len(grids)
+        images = self.shelf.get(spot) if self.shelf and spot else torch.from_numpy(np.stack(grids)).half()
+        self.stacked.append(spot or images)
+        return images
 
 
 def read_ahead(
-    steps: Dataset[Any], workers: int, plan: Iterator[Any] | None = None
+    steps: Steps | IterableDataset[Packed],
+    workers: int,
+    plan: Iterator[tuple[list[Place], int]] | None = None,
+    samples: int = 1,
 ) -> Iterator[tuple[list[Batch], list[Hole], int]]:
     """Step after step as worker processes read them, or this one if there are none: a rank's micro-batches, what could
     not be used of them, and how many sources were cut.
 
-    steps gives Packed: one for each item of `plan`, or without a plan by being iterated in every worker.
+    `steps` reads the items of `plan`, of `samples` samples each; or without a plan it is iterated in every worker.
     """
-    if workers:
-        # before the fork, after which tokenizers would warn in every worker and set the same
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    loader = DataLoader(
-        steps,
-        batch_size=None if plan is None else 1,  # 1 stands for none given, which a plan needs
-        batch_sampler=plan,
-        collate_fn=_same,
-        num_workers=workers,
-        worker_init_fn=_ignore_interrupts,
-        generator=torch.Generator(),  # else it would draw a seed from the global generator that dropout uses
-    )
-    for batches, holes, truncated in loader:
+    shelf = None
+    if isinstance(steps, Steps) and steps.collator.grid:
+        shelf = steps.shelf = Shelf(workers, samples, steps.collator.grid)
+    items: Any = plan and ((list(zip(*own, strict=True)), parts, shelf and shelf.take()) for own, parts in plan)
+    for batches, holes, truncated, slot in in_turn(steps, workers, items, message_items(samples, bool(shelf))):
         if isinstance(batches, Exception):
             raise batches
-        yield [_unpacked(fields) for fields in batches], holes, truncated
+        unpacked = [_unpacked(fields, shelf) for fields in batches]
+        if shelf:
+            shelf.free(slot)
+        yield unpacked, holes, truncated
 
 
 def check_vision(manifest: Manifest, config: Config) -> None:
@@ -244,27 +265,23 @@ def _check_state(state: StreamState, fresh: StreamState) -> None:
         raise ValueError(f"the stream to be continued has samples {state.samples}, but its counts sum to {total}")
 
 
-def _packed(batch: Batch) -> tuple[Any, ...]:
-    """Token tensors as arrays: between processes each tensor costs a file descriptor and a round trip of its own.
+def _packed(batch: Batch, images: Spot | Tensor | None) -> tuple[Any, ...]:
+    """A batch as it passes between processes, `images` in place of its own.
 
-    Images stay tensors, since shared memory beats the pipe for them (together 10 -> 4 ms a micro-batch of 16), and
-    travel in the float16 that they are stored in.
+    Tokens as arrays: each tensor costs a file descriptor and a round trip of its own. Images in the float16 that they
+    are stored in, on the shelf, or else as a tensor, since torch's shared memory beats the pipe for them (together
+    10 -> 4 ms a micro-batch of 16).
     """
-    arrays = (field.numpy() if isinstance(field, Tensor) and field.ndim < 3 else field for field in batch)
-    packed = Batch._make(arrays)
-    return tuple(packed._replace(images=None if packed.images is None else packed.images.half()))
+    fields = batch._asdict() | {"images": images, "samples": pack_samples(batch.samples)}
+    return tuple(field.numpy() if isinstance(field, Tensor) and field.ndim < 3 else field for field in fields.values())
 
 
-def _unpacked(fields: tuple[Any, ...]) -> Batch:
-    tensors: list[Any] = [torch.from_numpy(field) if isinstance(field, np.ndarray) else field for field in fields]
-    batch = Batch(*tensors)
-    return batch._replace(images=None if batch.images is None else batch.images.float())
-
-
-def _same(item: Any) -> Any:
-    return item
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the training process alone decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _unpacked(fields: tuple[Any, ...], shelf: Shelf | None) -> Batch:
+    given = (torch.from_numpy(field) if isinstance(field, np.ndarray) else field for field in fields)
+    values: dict[str, Any] = dict(zip(Batch._fields, given, strict=True))
+    images = values["images"]
+    if shelf and isinstance(images, Spot):
+        images = shelf.get(images)
+    # float() copies: the slot will be filled again
+    values |= {"images": images if images is None else images.float(), "samples": unpack_samples(values["samples"])}
+    return Batch(**values)

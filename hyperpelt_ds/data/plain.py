@@ -151,8 +151,8 @@ class _Draws(IterableDataset[Packed]):
             tasks = stream.order.tasks_at(step * batch, batch)
             reader.drawn = [next(records[tasks[place]]) for place in stream.own]
             places = [Place(step * batch + place, tasks[place], number) for number, place in enumerate(stream.own)]
-            batches, holes, truncated = steps.read(places, stream.accumulation)
-            yield batches, [dataclasses.replace(hole, index=-1) for hole in holes], truncated
+            batches, holes, truncated, slot = steps.read(places, stream.accumulation)
+            yield batches, [dataclasses.replace(hole, index=-1) for hole in holes], truncated, slot
 
 
 class _Record(NamedTuple):
