@@ -4,9 +4,13 @@ Suites, each on generated data in a temporary folder that is deleted at the end;
 
     read     shuffled reading with checksum and decoding, against webdataset's own pipeline (shuffled, decoded) and a
              bare scan of the tars (the members' bytes, nothing decoded), on the same shards: in one process; with two
-             that read, and say of a batch of 64 only its size; and with two that hand the batch over as it is, which
-             costs all systems the same. In a round every system reads every sample once, timed from the first batch
-             on; our time includes planning the order.
+             that read, and say of a batch of 64 only its size; and with two that hand the batch over. In a round every
+             system reads every sample once, timed from the first batch on; our time includes planning the order.
+             We hand over as training does (data/handover.py): text samples as columns, from which the main process
+             makes samples again; features copied into memory shared beforehand, of which the main process has a view
+             until the next batch. webdataset does in the fastest of the ways tried: its decoded samples as columns, of
+             which the main process makes dictionaries again; features stacked to a tensor in torch's shared memory. The
+             scan hands over the bytes in a list. All put four batches of text in a message, one of features.
     stream   tokenised, collated micro-batches of six text tasks like the demo's, and the planner alone
     resume   from loading a manifest of millions of samples (two shards, hard-linked as often as it takes) to the first
              batch of a stream that stands at 0, 50 and 99.9 % of an epoch
@@ -48,13 +52,13 @@ from command import run
 if TYPE_CHECKING:
     from hyperpelt_ds.contracts import Batch, Sample, StreamState
     from hyperpelt_ds.data.folder import Folder
+    from hyperpelt_ds.data.handover import Shelf
     from hyperpelt_ds.data.loader import TrainStream
     from hyperpelt_ds.data.manifest import Manifest, Shard
     from hyperpelt_ds.data.reader import Reader
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "shard_server.py"
 BATCH, MICRO = 64, 16
-Collate = Callable[[list[Any]], Any] | None  # what of a batch a worker gives to the main process; None: no workers
 GRID, SMALL_GRID = (49, 768), (4, 64)  # features of the images that are read, and of those of the large manifest
 LARGE_SHARD = 4000  # samples of a shard of the large manifest
 CACHE_BYTES = 10**11  # more than is ever fetched
@@ -325,7 +329,16 @@ def _linked(folder: Path, shard: Shard, count: int) -> list[Shard]:
     return shards
 
 
+class _Crossing(NamedTuple):
+    """What of a batch a worker gives to the main process, what that makes of it, and how many batches at a time."""
+
+    pack: Callable[[list[Any]], Any]
+    unpack: Callable[[Any], Any]
+    group: int
+
+
 def _read(data: _Data, report: _Report) -> None:
+    from hyperpelt_ds.data.handover import message_items, pack_samples, unpack_samples
     from hyperpelt_ds.data.reader import Reader
 
     assert data.pictures.features
@@ -336,11 +349,20 @@ def _read(data: _Data, report: _Report) -> None:
         reader = Reader(manifest)
         sizes, tars = [shard.samples for shard in shards], [f"{manifest.folder.root}/{shard.path}" for shard in shards]
         content, stored = float(reader.index(shards[0]).member_sizes.mean()), sum(s.bytes for s in shards) / sum(sizes)
-        for where, hand_over in {"one process": None, "2 workers read": len, "2 workers hand over": list}.items():
+        group = message_items(BATCH, images=name == "features")
+        counted, whole = _Crossing(len, _same, group), _Crossing(list, _same, group)
+        theirs = _Crossing(_columns, _records, group) if name == "text" else _Crossing(_stacked, _same, group)
+        ours = _Crossing(pack_samples, unpack_samples, group) if name == "text" else None
+        for where, workers, crossings in (
+            ("one process", 0, (counted, counted, counted)),
+            ("2 workers read", 2, (counted, counted, counted)),
+            ("2 workers hand over", 2, (ours, theirs, whole)),
+        ):
+            indexed = functools.partial(_indexed, functools.partial(read, reader), sizes, workers, crossings[0])
             systems: dict[str, Callable[[], Iterable[Any]]] = {
-                "hyperpelt_ds": functools.partial(_indexed, _Batches(reader, read), sizes, hand_over),
-                "webdataset": functools.partial(_webdataset, tars, hand_over),
-                "raw tar scan": functools.partial(_scan, tars, hand_over),
+                "hyperpelt_ds": indexed,
+                "webdataset": functools.partial(_webdataset, tars, workers, crossings[1]),
+                "raw tar scan": functools.partial(_scan, tars, workers, crossings[2]),
             }
             figures = report.take({key: functools.partial(_rate, own, sum(sizes)) for key, own in systems.items()})
             facts = {"sample_bytes": content, "stored_bytes": stored, "samples": sum(sizes)}
@@ -367,20 +389,49 @@ def _features(reader: Reader, number: int) -> Any:
     return reader.image(_image(number))
 
 
+def _same(item: Any) -> Any:
+    return item
+
+
+def _stacked(batch: list[dict[str, Any]]) -> Any:
+    """webdataset's features as one tensor, which torch moves to shared memory."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.stack([record["npy"] for record in batch]))
+
+
+def _columns(batch: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """webdataset's samples of text, field by field."""
+    texts = [record["json"] for record in batch]
+    names = list(texts[0])
+    columns = [[text[name] for text in texts] for name in names]
+    return [record["__key__"] for record in batch], [record["__url__"] for record in batch], names, columns
+
+
+def _records(packed: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """The samples that `_columns` was given."""
+    keys, urls, names, columns = packed
+    texts = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    return [{"__key__": k, "__url__": u, "json": t} for k, u, t in zip(keys, urls, texts, strict=True)]
+
+
 class _Batches:
-    """Batches of what `read` reads, by their numbers; a map-style data set."""
+    """Batches of what `read` reads, by their numbers; a map-style data set. Without `pack` they lie on the shelf."""
 
-    def __init__(self, reader: Reader, read: Callable[[Reader, int], Any]) -> None:
-        self.reader, self.read = reader, read
+    def __init__(self, read: Callable[[int], Any], pack: Callable[[list[Any]], Any] | None, shelf: Shelf) -> None:
+        self.read, self.pack, self.shelf = read, pack, shelf
 
-    def __getitems__(self, numbers: list[int]) -> list[Any]:
-        return [self.read(self.reader, number) for number in numbers]
+    def __getitems__(self, batches: list[tuple[list[int], int | None]]) -> list[Any]:
+        return [self._cross([self.read(number) for number in numbers], slot) for numbers, slot in batches]
+
+    def _cross(self, batch: list[Any], slot: int | None) -> Any:
+        return self.pack(batch) if self.pack else self.shelf.put(slot, 0, batch)
 
 
-def _indexed(batches: _Batches, sizes: list[int], hand_over: Collate) -> Iterable[Any]:
+def _indexed(read: Callable[[int], Any], sizes: list[int], workers: int, crossing: _Crossing | None) -> Iterator[Any]:
     """An epoch in the planner's order; in so few lanes that it is made of windows, as that of a large task is."""
-    from torch.utils.data import DataLoader
-
+    from hyperpelt_ds.data.handover import Shelf, in_turn
     from hyperpelt_ds.data.order import Order
 
     def plan() -> Iterator[list[int]]:
@@ -390,33 +441,57 @@ def _indexed(batches: _Batches, sizes: list[int], hand_over: Collate) -> Iterabl
             draws, drawn = order.draw(drawn, min(BATCH, samples - first))
             yield [order.locate(*draw) for draw in draws]
 
-    if not hand_over:
-        return map(batches.__getitems__, plan())
-    dataset: Any = batches
-    sampler: Any = plan()
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=2, collate_fn=hand_over)
+    if not workers:
+        for numbers in plan():
+            yield [read(number) for number in numbers]
+        return
+    shelf = Shelf(workers, 0 if crossing else BATCH, GRID)
+    dataset: Any = _Batches(read, crossing and crossing.pack, shelf)
+    if crossing:
+        items = ((numbers, None) for numbers in plan())
+        yield from map(crossing.unpack, in_turn(dataset, workers, items, crossing.group))
+        return
+    for spot in in_turn(dataset, workers, ((numbers, shelf.take()) for numbers in plan())):
+        yield shelf.get(spot)
+        shelf.free(spot.slot)
 
 
-def _webdataset(tars: list[str], hand_over: Collate) -> Iterable[Any]:
+def _webdataset(tars: list[str], workers: int, crossing: _Crossing) -> Iterable[Any]:
     """The pipeline of its documentation, with the shuffle buffer of 1,000 samples that it suggests."""
     from webdataset import WebDataset, WebLoader
 
-    batches = WebDataset(tars, shardshuffle=len(tars)).shuffle(1000).decode().batched(BATCH, collation_fn=None)
+    samples = WebDataset(tars, shardshuffle=len(tars)).shuffle(1000).decode()
+    if not workers:
+        return samples.batched(BATCH, collation_fn=None)
+    messages = samples.batched(BATCH * crossing.group, collation_fn=None)
     # told nothing, the loader would make a tensor of every array, which is far slower than to hand over the arrays
-    return WebLoader(batches, batch_size=None, num_workers=2, collate_fn=hand_over) if hand_over else batches
+    pack = functools.partial(_packed, crossing.pack)
+    return _unpacked(WebLoader(messages, batch_size=None, num_workers=workers, collate_fn=pack), crossing)
 
 
-def _scan(tars: list[str], hand_over: Collate) -> Iterable[Any]:
+def _scan(tars: list[str], workers: int, crossing: _Crossing) -> Iterable[Any]:
     from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
     class Scan(IterableDataset[list[bytes]]):
         def __iter__(self) -> Iterator[list[bytes]]:
             worker = get_worker_info()
-            members = _members(tars[worker.id :: 2] if worker else tars)
-            while batch := list(itertools.islice(members, BATCH)):
+            members = _members(tars[worker.id :: workers] if worker else tars)
+            while batch := list(itertools.islice(members, BATCH * crossing.group if worker else BATCH)):
                 yield batch
 
-    return DataLoader(Scan(), batch_size=None, num_workers=2, collate_fn=hand_over) if hand_over else Scan()
+    if not workers:
+        return Scan()
+    pack = functools.partial(_packed, crossing.pack)
+    return _unpacked(DataLoader(Scan(), batch_size=None, num_workers=workers, collate_fn=pack), crossing)
+
+
+def _packed(pack: Callable[[list[Any]], Any], samples: list[Any]) -> list[Any]:
+    """A message: its samples in batches."""
+    return [pack(samples[first : first + BATCH]) for first in range(0, len(samples), BATCH)]
+
+
+def _unpacked(messages: Iterable[list[Any]], crossing: _Crossing) -> Iterator[Any]:
+    return map(crossing.unpack, itertools.chain.from_iterable(messages))
 
 
 def _members(tars: list[str]) -> Iterator[bytes]:
