@@ -8,7 +8,6 @@ it is kept. This file must not know how weights are made, nor what modules a bac
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import json
 import shutil
@@ -189,7 +188,7 @@ def _questions(run: Predictor, task: str, image: str | Path | None) -> tuple[Bat
         log.info("the check asks a built-in sentence: %s", error)
     name = None if image is None else "image"
     features = {} if image is None else {"image": run.features([image])[0].numpy()}
-    samples = [dataclasses.replace(sample, image=name) for sample in samples]
+    samples = [sample._replace(image=name) for sample in samples]
     return run.collator(samples, features, [1.0] * len(samples)), asked
 
 

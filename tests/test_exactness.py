@@ -34,7 +34,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     written, first, size = [], 0, 0
     while first < len(web):
         size = size % 9 + 1
-        own = [dataclasses.replace(sample, image=None) for sample in web[first : first + size]]
+        own = [sample._replace(image=None) for sample in web[first : first + size]]
         written += shards.write_task(folder, "web", f"part{first}", own)
         first += size
     tasks = {
@@ -42,9 +42,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
         "topic": {
             "train": shards.write_task(folder, "topic", "train", make_samples("topic", "train", 60), per_shard=17)
         },
-        "rare": {
-            "train": shards.write_task(folder, "rare", "train", [dataclasses.replace(web[0], task="rare", image=None)])
-        },
+        "rare": {"train": shards.write_task(folder, "rare", "train", [web[0]._replace(task="rare", image=None)])},
     }
     assert len(written) > 4 * LANES and 1 in {shard.samples for shard in written}
     return Manifest.load(write_manifest(folder, tasks, None, {}))

@@ -397,7 +397,7 @@ def test_samples_that_cannot_be_trained_on_are_found_before_the_first_step(tmp_p
 
     def manifest(**changes):
         good = Sample("good", "easy_vqa", "what shape", "circle", "i", "image")
-        bad = dataclasses.replace(good, **{"key": "bad", **changes})
+        bad = good._replace(**{"key": "bad", **changes})
         folder = tmp_path / next(iter(changes))
         written = {"train": shards.write_task(folder, "easy_vqa", "train", [good, bad])}
         features = shards.write_features(folder, [("image", np.zeros((4, 6)))])

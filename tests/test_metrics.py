@@ -252,7 +252,7 @@ def test_corpus_metrics_are_computed_anew_for_every_draw(task):
     labels = tasks.get(task).labels or ("red fox jumps over", "two red dogs sit here", "a dog jumps over a fox")
     targets = [str(random.choice(labels)) for _ in range(30)]
     predictions = [target if random.random() < 0.6 else str(random.choice(labels)) for target in targets]
-    own = [replace(s, item=f"item{i // 2}") for i, s in enumerate(samples(task, targets))]
+    own = [s._replace(item=f"item{i // 2}") for i, s in enumerate(samples(task, targets))]
     record = replace(tasks.get(task), metrics=tuple(m for m in tasks.get(task).metrics if m != "cider"))
     mean, each = metrics.figures(metrics.measure(record, predictions, own), [s.item for s in own], draws=20, seed=3)
 

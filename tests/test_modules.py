@@ -328,7 +328,7 @@ def without_images(batch: Batch) -> Batch:
     return batch._replace(
         images=torch.zeros(1, CELLS, CHANNELS),
         image_rows=torch.full_like(batch.image_rows, -1),
-        samples=tuple(dataclasses.replace(sample, image=None) for sample in batch.samples),
+        samples=tuple(sample._replace(image=None) for sample in batch.samples),
     )
 
 

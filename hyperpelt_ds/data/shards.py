@@ -6,7 +6,6 @@ tokenizer or a model is.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import itertools
@@ -41,7 +40,7 @@ def write_task(folder: Path, task: str, split: str, samples: Iterable[Sample], p
             raise ValueError(f"sample {sample.key!r} is of task {sample.task!r}, cannot be written to task {task!r}")
         if sample.image is not None:
             _check_key(sample.image, f"image id of sample {sample.key!r} of task {task!r}")
-        fields = {name: value for name, value in dataclasses.asdict(sample).items() if name != "key"}
+        fields = {name: value for name, value in sample._asdict().items() if name != "key"}
         if not sample.references:
             del fields["references"]  # so that data without them has the bytes it had before there were any
         try:

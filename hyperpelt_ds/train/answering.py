@@ -5,7 +5,6 @@ This file must not know what the answers are for, how they are judged, nor how t
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import logging
 from collections.abc import Callable, Sequence
@@ -56,7 +55,7 @@ def asker(run: Predictor, reader: Reader) -> Ask:
             else:
                 # A key need only be unique within one task and split; in a batch it tells the samples apart. Answers
                 # do not depend on the target, which may be too long to train on.
-                chunk.append(dataclasses.replace(sample, key=str(place), target=""))
+                chunk.append(sample._replace(key=str(place), target=""))
         if not chunk:
             return [None] * len(samples)
         batch = run.collator(chunk, features, [1.0] * len(chunk))

@@ -7,7 +7,6 @@ instead, or none where it does not apply. Draws are the same every time.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -28,7 +27,7 @@ def other_task(run: Predictor, samples: Sequence[Sample]) -> Iterator[list[Sampl
         yield []
         return
     draws = np.random.default_rng(0).integers(len(others), size=len(samples))
-    yield [dataclasses.replace(sample, task=others[draw]) for sample, draw in zip(samples, draws, strict=True)]
+    yield [sample._replace(task=others[draw]) for sample, draw in zip(samples, draws, strict=True)]
 
 
 @contextmanager
@@ -40,7 +39,7 @@ def other_image(run: Predictor, samples: Sequence[Sample]) -> Iterator[list[Samp
         return
     cycle = np.random.default_rng(0).permutation(images).tolist()
     following = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
-    yield [dataclasses.replace(s, image=following[s.image]) if s.image is not None else s for s in samples]
+    yield [s._replace(image=following[s.image]) if s.image is not None else s for s in samples]
 
 
 @contextmanager

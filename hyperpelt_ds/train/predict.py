@@ -5,7 +5,6 @@ This file must not know whether an answer is right, nor what a leaderboard wants
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -90,7 +89,7 @@ def read_lines(path: Path, run: Predictor, task: str | None) -> list[Sample]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if not sample.key:
-            sample = dataclasses.replace(sample, key=str(places[sample.task]))
+            sample = sample._replace(key=str(places[sample.task]))
         places[sample.task] += 1
         first = lines.setdefault((sample.task, sample.key), number)
         if first != number:

@@ -215,7 +215,7 @@ def _losses(
     model.eval()
     means = {}
     for candidate in candidates:
-        asked = [dataclasses.replace(sample, task=candidate) for sample in samples]
+        asked = [sample._replace(task=candidate) for sample in samples]
         total = sum(loss(asked[i : i + size]) for i in range(0, len(asked), size))
         means[candidate] = total / len(samples)
     model.train(was_training)
