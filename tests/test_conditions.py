@@ -262,7 +262,7 @@ def test_every_combination_of_conditions_makes_its_branches_and_trains_all_of_th
     blind = batch._replace(
         images=torch.zeros_like(batch.images[:1]),
         image_rows=torch.full((4,), -1),
-        samples=tuple(dataclasses.replace(sample, image=None) for sample in batch.samples),
+        samples=tuple(sample._replace(image=None) for sample in batch.samples),
     )
     assert model.hypernet.branch_names == conditions
     for name, branch in zip(conditions, model.hypernet(batch).branches, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -41,15 +40,15 @@ def _samples(split: str, n: int) -> dict[str, list[Sample]]:
     """`n` samples of each task; two long texts in movie_sentiment, several references in the last two."""
     own = tiny_samples(split, n)
     texts, questions, captions = own["movie_sentiment"], own["easy_vqa"], own["shape_caption"]
-    long = [dataclasses.replace(sample, source=LONG) for sample in texts[:2]]
+    long = [sample._replace(source=LONG) for sample in texts[:2]]
     made = {
         "movie_sentiment": long + texts[2:],
         "easy_vqa": questions,
-        "glue_rte": [dataclasses.replace(sample, target=str(i % 2)) for i, sample in enumerate(texts)],
-        "vqa_v2": [dataclasses.replace(s, group=None, references=(s.target,) * 7 + ("no",) * 3) for s in questions],
-        "coco_caption": [dataclasses.replace(s, source="", references=(s.target, "a shape")) for s in captions],
+        "glue_rte": [sample._replace(target=str(i % 2)) for i, sample in enumerate(texts)],
+        "vqa_v2": [s._replace(group=None, references=(s.target,) * 7 + ("no",) * 3) for s in questions],
+        "coco_caption": [s._replace(source="", references=(s.target, "a shape")) for s in captions],
     }
-    return {task: [dataclasses.replace(sample, task=task) for sample in made[task]] for task in made}
+    return {task: [sample._replace(task=task) for sample in made[task]] for task in made}
 
 
 @pytest.fixture(scope="module")

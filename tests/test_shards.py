@@ -101,7 +101,7 @@ def test_keys_and_image_ids_that_webdataset_would_split_are_refused(tmp_path, ke
 def test_samples_that_do_not_belong_are_refused_by_name(tmp_path):
     sample = SAMPLES[0]
     with pytest.raises(ValueError, match="'key0' is of task 'other'"):
-        shards.write_task(tmp_path, "topic", "train", [dataclasses.replace(sample, task="other")])
+        shards.write_task(tmp_path, "topic", "train", [sample._replace(task="other")])
     with pytest.raises(ValueError, match="key 'key0' comes twice in topic/train"):
         shards.write_task(tmp_path, "topic", "train", [*SAMPLES, sample], per_shard=4)
     with pytest.raises(ValueError, match="topic/train: no samples"):
@@ -111,7 +111,7 @@ def test_samples_that_do_not_belong_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"split '\.\./up'"):
         shards.write_task(tmp_path, "topic", "../up", [])
     with pytest.raises(ValueError, match="'key0' of task 'topic': text that is not Unicode"):
-        shards.write_task(tmp_path, "topic", "train", [dataclasses.replace(sample, source="\ud83d")])
+        shards.write_task(tmp_path, "topic", "train", [sample._replace(source="\ud83d")])
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ def runs(config: Config, train_many, tmp_path_factory) -> dict[str, Path]:
 def _logits(run: Path, task: str, files: tuple[Path, ...] = ()) -> torch.Tensor:
     """Logits of a fixed text and answer of a task."""
     predictor = load(run, tasks=files)
-    sample = dataclasses.replace(SAMPLE, task=task)
+    sample = SAMPLE._replace(task=task)
     image = {"x": torch.ones(4, 16).numpy()}
-    batch = predictor.collator([sample, dataclasses.replace(sample, image="x", key="2")], image, [1.0, 1.0])
+    batch = predictor.collator([sample, sample._replace(image="x", key="2")], image, [1.0, 1.0])
     with torch.no_grad():
         weights = predictor.model.hypernet(batch)
         return predictor.model.backbone.forward(weights, batch.input_ids, batch.attention_mask, batch.labels)
