@@ -145,7 +145,7 @@ def test_digest_names_the_content_and_not_the_place(folder, tmp_path):
     digest = Manifest.load(folder / MANIFEST).digest
     moved = copy(folder, tmp_path)
     assert Manifest.load(moved / MANIFEST).digest == digest
-    changed = [dataclasses.replace(SAMPLES[0], target="other"), *SAMPLES[1:]]
+    changed = [SAMPLES[0]._replace(target="other"), *SAMPLES[1:]]
     tasks = {"topic": {"train": shards.write_task(moved, "topic", "train", changed, per_shard=4)}}
     assert Manifest.load(write_manifest(moved, tasks, None, {})).digest != digest
 
