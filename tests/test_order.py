@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperpelt_ds.data import order as module
-from hyperpelt_ds.data.order import Counts, Order, default_lanes, mixture
+from hyperpelt_ds.data.order import Counts, Order, lane_count, mixture
 
 SIZES = {"vqa": [30, 20], "topic": [17], "mood": [1]}
 COUNTS = {task: sum(sizes) for task, sizes in SIZES.items()}
@@ -153,8 +153,8 @@ def test_any_batch_holds_about_its_share_of_each_task(first, seed):
 @pytest.mark.parametrize(
     ("batch", "lanes"), [(32, 32), (48, 48), (96, 96), (128, 64), (120, 24), (100, 4), (12, 12), (15, 3), (7, 1)]
 )
-def test_default_lanes_divide_the_batch_and_allow_powers_of_two_and_multiples_of_three(batch, lanes):
-    assert default_lanes(batch) == lanes and batch % lanes == 0
+def test_lane_count_divide_the_batch_and_allow_powers_of_two_and_multiples_of_three(batch, lanes):
+    assert lane_count(batch) == lanes and lane_count(batch, 2) == 2 and batch % lanes == 0
 
 
 def test_mixture_is_n_to_the_inverse_temperature_or_the_given_weights():

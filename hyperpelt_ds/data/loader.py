@@ -27,7 +27,7 @@ from hyperpelt_ds.data.folder import Unreachable
 from hyperpelt_ds.data.handover import Shelf, Spot, in_turn, message_items, pack_samples, unpack_samples
 from hyperpelt_ds.data.holes import Place, read_batches
 from hyperpelt_ds.data.manifest import Manifest
-from hyperpelt_ds.data.order import Counts, Order, default_lanes, mixture
+from hyperpelt_ds.data.order import Counts, Order, lane_count, mixture
 from hyperpelt_ds.data.reader import DamagedSample, Reader
 
 Packed = tuple[list[tuple[Any, ...]] | ValueError, list[Hole], int, int | None]
@@ -69,7 +69,7 @@ class TrainStream:
         data, train = config.data, config.train
         self.manifest, self.config = manifest, config
         self.rank, self.world_size = rank, world_size
-        lanes = data.lanes or default_lanes(train.global_batch)
+        lanes = lane_count(train.global_batch, data.lanes)
         self.accumulation = batching.accumulation(train.global_batch, train.micro_batch, lanes, world_size)
         check_vision(manifest, config)
         self._reader = Reader(manifest)

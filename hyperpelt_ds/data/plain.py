@@ -27,7 +27,7 @@ from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.data.holes import Place
 from hyperpelt_ds.data.loader import Packed, Steps, TrainStream, check_vision, read_ahead
 from hyperpelt_ds.data.manifest import Manifest
-from hyperpelt_ds.data.order import Order, default_lanes, mixture
+from hyperpelt_ds.data.order import Order, lane_count, mixture
 from hyperpelt_ds.data.reader import DamagedSample, Reader, schema_fault
 
 SHUFFLED = 1000
@@ -79,7 +79,7 @@ class PlainStream:
             )
         data, train = config.data, config.train
         self.manifest, self.config = manifest, config
-        lanes = data.lanes or default_lanes(train.global_batch)
+        lanes = lane_count(train.global_batch, data.lanes)
         self.accumulation = batching.accumulation(train.global_batch, train.micro_batch, lanes, world_size)
         check_vision(manifest, config)
         trained = data.train_tasks or tasks

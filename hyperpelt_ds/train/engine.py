@@ -28,7 +28,7 @@ from hyperpelt_ds import config as configuration
 from hyperpelt_ds import dist
 from hyperpelt_ds.config import Config, TrainConfig
 from hyperpelt_ds.data import batching
-from hyperpelt_ds.data.order import default_lanes
+from hyperpelt_ds.data.order import lane_count
 
 STATE_TAG = "state"
 
@@ -106,7 +106,7 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
     """
     tree = _read(Path(path))
     train = config.train
-    lanes = config.data.lanes or default_lanes(train.global_batch)
+    lanes = lane_count(train.global_batch, config.data.lanes)
     accumulation = batching.accumulation(train.global_batch, train.micro_batch, lanes, world_size)
     recipe = {
         "train_batch_size": (train.global_batch, "train.global_batch"),
