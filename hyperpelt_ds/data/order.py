@@ -52,8 +52,8 @@ def mixture(counts: Mapping[str, int], temperature: float, weights: Mapping[str,
 
 
 def lane_count(global_batch: int, wanted: int = 0) -> int:
-    """`wanted` (data.lanes), or for 0 the common part of the global batch and 192 = 64 x 3: powers of two are admissible
-    world sizes, and 3, 6, 12, ... where the batch is a multiple of 3."""
+    """`wanted` (data.lanes), or for 0 the common part of the global batch and 192 = 64 x 3: powers of two are
+    admissible world sizes, and 3, 6, 12, ... where the batch is a multiple of 3."""
     return wanted or math.gcd(global_batch, 192)
 
 
