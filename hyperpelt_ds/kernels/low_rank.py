@@ -8,22 +8,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hyperpelt_ds.kernels.adapter import check_index, segment
+from hyperpelt_ds.kernels.index import BatchIndex
+
 
 class SiteLowRank(NamedTuple):
-    """One branch's delta of one linear map, with the condition of each sample in `rows` (B,), -1 for none."""
+    """One branch's delta of one linear map, and which samples use which."""
 
     down: Tensor  # (C, I, r)
     up: Tensor  # (C, r, O)
-    rows: Tensor  # (B,) int64
+    users: BatchIndex  # of C groups
 
 
 def low_rank(x: Tensor, output: Tensor, deltas: Sequence[SiteLowRank]) -> Tensor:
     """output + sum over branches of x down up, every sample with the delta of its condition.
 
-    x (B, T, I), output (B, T, O) -> (B, T, O). A sample whose row is -1 in a branch gets nothing from that branch.
+    x (B, T, I), output (B, T, O) -> (B, T, O). A branch adds nothing to a sample whose index there is -1. It is an
+    adapter without activation, biases and scale; where the batch's grouping is not known on the host, weights are
+    copied for every sample.
     """
+    for number, delta in enumerate(deltas):
+        check_index(f"deltas[{number}].users", delta.users, len(x), len(delta.down))
+    if all(delta.users.spans is not None for delta in deltas) and not torch.is_autocast_enabled(x.device.type):
+        parts = [segment.Part(delta.down, None, delta.up, None, None, delta.users) for delta in deltas]
+        return segment.apply(x, output, parts, "identity")
     for delta in deltas:
-        rows = delta.rows.clamp(min=0)
-        narrow = torch.bmm(x, delta.down.index_select(0, rows)) * (delta.rows >= 0).to(x.dtype).view(-1, 1, 1)
+        rows = delta.users.ids.clamp(min=0)
+        narrow = torch.bmm(x, delta.down.index_select(0, rows))
+        narrow = narrow * (delta.users.ids >= 0).to(x.dtype).view(-1, 1, 1)
         output = torch.baddbmm(output, narrow, delta.up.index_select(0, rows))
     return output

@@ -1,0 +1,120 @@
+"""Bottleneck adapters of a mixed batch: the contract, what is checked, and which backend runs a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperpelt_ds.kernels import dispatch
+from hyperpelt_ds.kernels.adapter import reference, segment
+from hyperpelt_ds.kernels.adapter.reference import ACTIVATIONS
+from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError, KernelUnavailableError
+from hyperpelt_ds.kernels.index import BatchIndex
+
+__all__ = ["ACTIVATIONS", "SiteAdapter", "adapter"]
+
+
+class SiteAdapter(NamedTuple):
+    """One branch's adapters at one site, and which samples use which."""
+
+    down: Tensor  # (C, D, R)
+    down_bias: Tensor  # (C, R)
+    up: Tensor  # (C, R, D)
+    up_bias: Tensor  # (C, D)
+    scale: Tensor  # ()
+    users: BatchIndex  # of C groups
+    gain: Tensor | None = None  # (C, D)
+    shift: Tensor | None = None  # (C, D)
+
+
+def adapter(
+    x: Tensor, residual: Tensor, adapters: Sequence[SiteAdapter], activation: str, *, backend: str = "auto"
+) -> Tensor:
+    """residual + sum over branches of scale * norm(act(x down + down_bias) up + up_bias).
+
+    `norm` is a layer norm with the branch's gain and shift where it has them (HyperFormer), else nothing.
+    x, residual (B, T, D) -> (B, T, D). A branch adds nothing to a sample whose index there is -1, nor to tokens from
+    the branch's lengths on. Paper section 4 (adapter beside the feed-forward block); the activation is one of
+    ACTIVATIONS, the backend one of dispatch.BACKENDS. Under autocast everything is computed in its type.
+
+    Raises KernelShapeError and KernelDtypeError for arguments that do not fit, KernelUnavailableError for a backend
+    that cannot run the call.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            return adapter(*_cast(dtype, x, residual, adapters), activation, backend=backend)
+    _check(x, residual, adapters)
+    chosen = dispatch.choose(backend, x, lambda: _torch_cannot(adapters), lambda: _triton_cannot(x, adapters))
+    if chosen == "torch":
+        return segment.apply(x, residual, [segment.Part(*part[:6]) for part in adapters], activation)
+    return reference.adapter(x, residual, adapters, activation)
+
+
+def _cast(
+    dtype: torch.dtype, x: Tensor, residual: Tensor, adapters: Sequence[SiteAdapter]
+) -> tuple[Tensor, Tensor, list[SiteAdapter]]:
+    parts = [SiteAdapter._make(of.to(dtype) if isinstance(of, Tensor) else of for of in part) for part in adapters]
+    return x.to(dtype), residual.to(dtype), parts
+
+
+def _check(x: Tensor, residual: Tensor, adapters: Sequence[SiteAdapter]) -> None:
+    if x.ndim != 3:
+        raise KernelShapeError(f"x: expected (samples, tokens, size), got {tuple(x.shape)}")
+    _same("residual", residual, x.shape, x)
+    batch, _, size = x.shape
+    for number, part in enumerate(adapters):
+        name = f"adapters[{number}]"
+        if part.down.ndim != 3:
+            raise KernelShapeError(
+                f"{name}.down: expected (conditions, size, bottleneck), got {tuple(part.down.shape)}"
+            )
+        groups, _, narrow = part.down.shape
+        for field, shape in (
+            ("down", (groups, size, narrow)),
+            ("down_bias", (groups, narrow)),
+            ("up", (groups, narrow, size)),
+            ("up_bias", (groups, size)),
+            ("scale", ()),
+        ):
+            _same(f"{name}.{field}", getattr(part, field), shape, x)
+        for field in ("gain", "shift"):
+            if getattr(part, field) is not None:
+                _same(f"{name}.{field}", getattr(part, field), (groups, size), x)
+        check_index(f"{name}.users", part.users, batch, groups)
+
+
+def check_index(name: str, index: BatchIndex, batch: int, groups: int) -> None:
+    if len(index.ids) != batch or index.groups != groups:
+        raise KernelShapeError(
+            f"{name}: expected {batch} samples and {groups} groups, got {len(index.ids)} and {index.groups}"
+        )
+
+
+def _same(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    if tensor.shape != shape:
+        raise KernelShapeError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise KernelDtypeError(
+            f"{name}: expected {x.dtype} on {x.device} as x is, got {tensor.dtype} on {tensor.device}"
+        )
+
+
+def _torch_cannot(adapters: Sequence[SiteAdapter]) -> Exception | None:
+    for number, part in enumerate(adapters):
+        if part.gain is not None:
+            return KernelUnavailableError(f'adapters[{number}].gain: a norm is only in backend="reference"')
+        if part.users.spans is None:
+            return KernelUnavailableError(
+                f'adapters[{number}].users: backend="torch" needs an index made on the host (index_batch)'
+            )
+    return None
+
+
+def _triton_cannot(x: Tensor, adapters: Sequence[SiteAdapter]) -> Exception | None:
+    return KernelUnavailableError('backend="triton": not there yet')
