@@ -16,6 +16,9 @@ from hyperpelt_ds.kernels.index import BatchIndex
 
 __all__ = ["ACTIVATIONS", "SiteAdapter", "adapter"]
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_BOTTLENECK = 256
+
 
 class SiteAdapter(NamedTuple):
     """One branch's adapters at one site, and which samples use which."""
@@ -51,6 +54,13 @@ def adapter(
             return adapter(*_cast(dtype, x, residual, adapters), activation, backend=backend)
     _check(x, residual, adapters)
     chosen = dispatch.choose(backend, x, lambda: _torch_cannot(adapters), lambda: _triton_cannot(x, adapters))
+    if chosen == "triton":
+        from hyperpelt_ds.kernels.adapter import (
+            fused,
+        )  # needs the package triton, which only CUDA builds of torch bring
+
+        branches = [fused.Branch(*part[:5], *part.users[:3]) for part in adapters]
+        return fused.apply(x, residual, branches, [part.users.lengths for part in adapters], activation)
     if chosen == "torch":
         return segment.apply(x, residual, [segment.Part(*part[:6]) for part in adapters], activation)
     return reference.adapter(x, residual, adapters, activation)
@@ -117,4 +127,19 @@ def _torch_cannot(adapters: Sequence[SiteAdapter]) -> Exception | None:
 
 
 def _triton_cannot(x: Tensor, adapters: Sequence[SiteAdapter]) -> Exception | None:
-    return KernelUnavailableError('backend="triton": not there yet')
+    if x.dtype not in TRITON_DTYPES:
+        return KernelDtypeError(f'x: backend="triton" expects {", ".join(map(str, TRITON_DTYPES))}, got {x.dtype}')
+    if x.shape[2] % 8:
+        return KernelShapeError(f'x: backend="triton" expects a size that is a multiple of 8, got {x.shape[2]}')
+    if x.numel() == 0:
+        return KernelShapeError(f'x: backend="triton" expects at least one token, got {tuple(x.shape)}')
+    for number, part in enumerate(adapters):
+        groups, _, narrow = part.down.shape
+        if not (groups and 1 <= narrow <= TRITON_BOTTLENECK):
+            return KernelShapeError(
+                f'adapters[{number}].down: backend="triton" expects conditions and a bottleneck of 1 to '
+                f"{TRITON_BOTTLENECK}, got {tuple(part.down.shape)}"
+            )
+        if part.gain is not None:
+            return KernelUnavailableError(f'adapters[{number}].gain: a norm is only in backend="reference"')
+    return None
