@@ -71,34 +71,30 @@ def bench_kernels(
     about = f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}".replace("torch.", "")
     print(f"{about}, {rounds} rounds")
     rate = _copy_rate(device)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for case in ADAPTER_CASES:
         if case.name not in SUITES[suite]:
             continue
         actions = _systems(case, ("ours", *peers), device, dtype)
         times = _rounds(actions, rounds, device)
+        floor = _floor(case, dtype, rate)
         for system, seconds in times.items():
             ratios = [own / ours for own, ours in zip(seconds, times["ours"], strict=True)]
-            line = {
-                "case": case.name,
-                "system": system,
-                "metric": "forward_backward_s",
-                "median": statistics.median(seconds),
-                "min": min(seconds),
-                "max": max(seconds),
-                "ratio": statistics.median(ratios),
+            median, low, high = statistics.median(seconds), min(seconds), max(seconds)
+            line: dict[str, Any] = {"case": case.name, "system": system, "metric": "forward_backward_s"}
+            line |= {"median": median, "min": low, "max": high, "ratio": statistics.median(ratios)}
+            line |= {
                 "ratio_min": min(ratios),
                 "ratio_max": max(ratios),
-                **_floor(case, dtype, rate),
-                "peak_bytes": _peak(actions[system]) if device == "cuda" else None,
-                "hardware": about,
+                **floor,
+                "of_copy_rate": floor["floor_s"] / median,
             }
-            line["of_copy_rate"] = line["floor_s"] / line["median"]
+            line |= {"peak_bytes": _peak(actions[system]) if device == "cuda" else None, "hardware": about}
             lines.append(line)
             print(
-                f"{case.name:28} {system:13} {line['median'] * 1e3:9.2f} ms "
-                f"[{line['min'] * 1e3:.2f}, {line['max'] * 1e3:.2f}]  x{line['ratio']:.2f} "
-                f"[{min(ratios):.2f}, {max(ratios):.2f}]  floor {line['floor_s'] * 1e3:.2f} ms"
+                f"{case.name:28} {system:13} {median * 1e3:9.2f} ms [{low * 1e3:.2f}, {high * 1e3:.2f}]  "
+                f"x{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]  "
+                f"{floor['floor_s'] / median:.0%} of the copy rate"
             )
     if out:
         Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -11,7 +11,6 @@ sizes, float64) is the reference's, by the rules below and not by what happens t
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from hyperpelt_ds.kernels.errors import KernelUnavailableError
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "torch", "triton")
 
 Check = Callable[[], Exception | None]
@@ -55,9 +55,8 @@ def triton_unusable(x: Tensor) -> Exception | None:
     return problem
 
 
-@functools.cache
 def triton_missing() -> Exception | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return KernelUnavailableError('backend="triton": the package triton is not installed; backend="reference" runs')
     return None
 

@@ -107,8 +107,9 @@ def _lengths(lengths: Sequence[int] | Tensor | None, batch: int, device: torch.d
     made = torch.as_tensor(lengths, dtype=torch.int32, device=device)
     if made.shape != (batch,):
         raise KernelShapeError(f"lengths: expected one for each of {batch} samples, got shape {tuple(made.shape)}")
-    if min(lengths if not isinstance(lengths, Tensor) else [0], default=0) < 0:
-        raise KernelShapeError(f"lengths: expected 0 or more, got {min(lengths)}")
+    known = lengths if not isinstance(lengths, Tensor) else lengths.tolist() if lengths.device.type == "cpu" else []
+    if min(known, default=0) < 0:
+        raise KernelShapeError(f"lengths: expected 0 or more, got {min(known)}")
     return made
 
 

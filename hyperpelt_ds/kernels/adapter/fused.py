@@ -1,8 +1,8 @@
 """Adapters as Triton kernels: one launch forward, and one for the inputs and one a branch for the weights backward.
 
-    forward         y = residual + the branches' sum; x is read once for one or two branches; z = x down + down_bias is kept
-    backward_input  dz of every branch, dx, and partial sums of the scales' gradients; dy is read once
-    backward_weight one program for a slice of the model size of one condition; it walks that condition's tokens in order
+    forward          y = residual + the branches' sum; x is read once for one or two branches; keeps z = x down + bias
+    backward_input   dz of every branch, dx, and partial sums of the scales' gradients; dy is read once
+    backward_weight  a program makes a slice of one condition's weights; it walks that condition's tokens in order
 
 No atomics: what is summed across programs goes to a buffer that is added up in a fixed order, and every tile size
 follows from shapes alone, so that results repeat bit for bit. A program of the first two kernels reads one sample, so
@@ -11,6 +11,8 @@ checked in Triton's interpreter and compiled for sm_80 and sm_90.
 
 Only imported when a call is to run here: it is the importer of triton.
 """
+
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
@@ -40,18 +42,17 @@ class Tile(NamedTuple):
 
 def token_tile(tokens: int, narrow: int, branches: int, item: int) -> Tile:
     """The tile of the kernels that own a sample's tokens; `narrow` is the padded bottleneck, `item` bytes a number."""
-    rows = 16 if tokens <= 16 else 32 if tokens <= 32 or narrow > 128 else 64
     wide = narrow * branches
-    return Tile(
-        rows, 64 if wide <= 128 and item == 2 else 32, 8 if wide >= 128 and rows >= 32 else 4, 2 if wide >= 256 else 3
-    )
+    rows = 16 if tokens <= 16 else 32 if tokens <= 32 or wide >= 256 else 64
+    columns = 64 if wide <= 128 and item == 2 else 32
+    return Tile(rows, columns, 8 if wide >= 128 and rows >= 32 else 4, 2 if wide >= 256 else 3)
 
 
 def weight_tile(narrow: int, item: int) -> Tile:
     """The tile of the kernel that owns a slice of a condition's weights."""
     if item == 4:
-        return Tile(32, 32, 8 if narrow >= 128 else 4, 2)
-    return Tile(64, 64, 4 if narrow <= 64 else 8, 2)
+        return Tile(32 if narrow <= 32 else 16, 32 if narrow <= 64 else 16, 8 if narrow >= 64 else 4, 2)
+    return Tile(64, 64, 4 if narrow <= 64 else 8, 2) if narrow <= 128 else Tile(32, 32, 8, 2)
 
 
 def splits(groups: int, columns: int, tokens: int, tile: Tile) -> int:
@@ -282,8 +283,8 @@ def backward_weight_kernel(
     RAGGED: tl.constexpr, ALIGNED: tl.constexpr, ACT: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, UP: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """z and dz are columns FROM on of rows of WIDE; `made` holds rows of down, down_bias, up and up_bias, which begin at
-    0, BIAS, UP and SHIFT."""
+    """z and dz are columns FROM on of rows of WIDE; `made` holds rows of down, down_bias, up and up_bias, which begin
+    at 0, BIAS, UP and SHIFT."""
     group = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -365,7 +366,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and z of one or two branches side by side (B, T, R1 [+ R2])."""
     one, two, pair = _two(tensors)
-    batch, tokens, size = x.shape
+    batch, tokens, _ = x.shape
     y, z = torch.empty_like(x), x.new_empty((batch, tokens, _width(one, two, pair)))
     tile, shape = _token_launch(x, one, two, pair)
     with _on(x):
@@ -387,7 +388,7 @@ def _backward(
     inputs: bool,
     weights: bool,
 ) -> list[Tensor]:
-    """dx (empty unless `inputs`), then of every branch the packed gradients (C, row) and the scale's (), if `weights`."""
+    """dx (empty unless `inputs`), then if `weights` each branch's packed gradients (C, row) and its scale's ()."""
     one, two, pair = _two(tensors)
     batch, tokens, size = x.shape
     branches = (one, two) if pair else (one,)
@@ -557,7 +558,7 @@ def _unpacked(packed: Tensor, groups: int, size: int, narrow: int) -> list[Tenso
 def apply(
     x: Tensor, residual: Tensor, branches: Sequence[Branch], lengths: Sequence[Tensor | None], activation: str
 ) -> Tensor:
-    """residual (B, T, D) + what the branches make of x (B, T, D), two in one launch where their lengths are the same."""
+    """residual (B, T, D) + what the branches make of x (B, T, D); two share a launch if they share their lengths."""
     x = x.contiguous()
     place = 0
     while place < len(branches):

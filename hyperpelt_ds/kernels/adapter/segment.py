@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hyperpelt_ds.kernels.adapter.reference import ACTIVATIONS
+from hyperpelt_ds.kernels.errors import KernelUnavailableError
 from hyperpelt_ds.kernels.index import BatchIndex, Span
 
 _SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -63,8 +64,9 @@ class _Segments(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph
+            raise KernelUnavailableError('the torch path has no second derivative: use backend="reference"')
         x, *rest = ctx.saved_tensors
         count = len(ctx.indices)
         parts = _parts(rest[count:], ctx.indices)
