@@ -7,15 +7,21 @@ error.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from hyperpelt_ds.contracts import Branch, Tokens
 from hyperpelt_ds.kernels.adapter import SiteAdapter
+from hyperpelt_ds.kernels.adapter import bind as bind_adapter
 from hyperpelt_ds.kernels.index import BatchIndex, index_batch, index_on_device
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
+from hyperpelt_ds.kernels.low_rank import bind as bind_low_rank
 from hyperpelt_ds.kernels.prefix_attention import SitePrefix
+
+Apply = Callable[[Tensor, Tensor], Tensor]
+"""From a block's input and output to its output with what is added."""
 
 
 class Slot:
@@ -32,8 +38,8 @@ class Slot:
         self._deltas = [[_by_site(kind) for kind in branch.lora or ()] for branch in branches]
         self._rows: dict[tuple[int, int], Tensor] = {}
         self._indices: dict[tuple[int, int], BatchIndex] = {}
-        self._site_adapters: dict[tuple[int, int], list[SiteAdapter]] = {}
-        self._site_deltas: dict[tuple[int, int, int], list[SiteLowRank]] = {}
+        self._site_adapters: dict[tuple[int, int], Apply | None] = {}
+        self._site_deltas: dict[tuple[int, int, int], Apply | None] = {}
 
     def prefixes(self, site: int, batch: int) -> list[SitePrefix]:
         """The prefixes of prefix site `site` for `batch` rows."""
@@ -43,25 +49,25 @@ class Slot:
             if sites
         ]
 
-    def adapters(self, site: int, batch: int) -> list[SiteAdapter]:
-        """The adapters of adapter site `site` for `batch` rows; the same list in every call until the next `set`."""
+    def adapter(self, site: int, batch: int, activation: str) -> Apply | None:
+        """What adds the adapters of adapter site `site` to `batch` rows, or None; made once for these weights."""
         key = (site, batch)
         if key not in self._site_adapters:
-            self._site_adapters[key] = [
+            parts = [
                 SiteAdapter(users=self._index_for(number, batch, len(sites[site]["down"])), **sites[site])
                 for number, sites in enumerate(self._adapters)
                 if sites
             ]
+            self._site_adapters[key] = bind_adapter(parts, activation) if parts else None
         return self._site_adapters[key]
 
-    def deltas(self, projection: int, site: int, batch: int) -> list[SiteLowRank]:
-        """The low-rank deltas of site `site` of projection `projection` for `batch` rows, likewise."""
+    def low_rank(self, projection: int, site: int, batch: int) -> Apply | None:
+        """What adds the low-rank deltas of site `site` of projection `projection` to `batch` rows, likewise."""
         key = (projection, site, batch)
         if key not in self._site_deltas:
             found = [(n, kinds[projection][site]) for n, kinds in enumerate(self._deltas) if kinds]
-            self._site_deltas[key] = [
-                SiteLowRank(users=self._index_for(n, batch, len(fields["down"])), **fields) for n, fields in found
-            ]
+            parts = [SiteLowRank(users=self._index_for(n, batch, len(own["down"])), **own) for n, own in found]
+            self._site_deltas[key] = bind_low_rank(parts) if parts else None
         return self._site_deltas[key]
 
     def _index_for(self, number: int, batch: int, groups: int) -> BatchIndex:

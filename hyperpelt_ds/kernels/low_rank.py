@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,11 +30,32 @@ def low_rank(x: Tensor, output: Tensor, deltas: Sequence[SiteLowRank]) -> Tensor
     for number, delta in enumerate(deltas):
         check_index(f"deltas[{number}].users", delta.users, len(x), len(delta.down))
     if all(delta.users.spans is not None for delta in deltas) and not torch.is_autocast_enabled(x.device.type):
-        parts = [segment.Part(delta.down, None, delta.up, None, None, delta.users) for delta in deltas]
-        return segment.apply(x, output, parts, "identity")
+        return segment.apply(x, output, _parts(deltas), "identity")
     for delta in deltas:
         rows = delta.users.ids.clamp(min=0)
         narrow = torch.bmm(x, delta.down.index_select(0, rows))
         narrow = narrow * (delta.users.ids >= 0).to(x.dtype).view(-1, 1, 1)
         output = torch.baddbmm(output, narrow, delta.up.index_select(0, rows))
     return output
+
+
+def bind(deltas: Sequence[SiteLowRank]) -> Callable[[Tensor, Tensor], Tensor]:
+    """`low_rank` as a function of x and output alone, with what depends on the weights alone done here (as in
+    `adapter.bind`)."""
+
+    def run(x: Tensor, output: Tensor) -> Tensor:
+        return low_rank(x, output, deltas)
+
+    if any(d.users.spans is None or d.down.requires_grad or d.up.requires_grad for d in deltas):
+        return run
+    prepared = segment.prepare(_parts(deltas), "identity")
+
+    def run_prepared(x: Tensor, output: Tensor) -> Tensor:
+        needed = torch.is_grad_enabled() and (x.requires_grad or output.requires_grad)
+        return run(x, output) if needed or torch.is_autocast_enabled(x.device.type) else prepared(x, output)
+
+    return run_prepared
+
+
+def _parts(deltas: Sequence[SiteLowRank]) -> list[segment.Part]:
+    return [segment.Part(delta.down, None, delta.up, None, None, delta.users) for delta in deltas]

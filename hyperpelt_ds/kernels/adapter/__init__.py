@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from hyperpelt_ds.kernels.adapter.reference import ACTIVATIONS
 from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError, KernelUnavailableError
 from hyperpelt_ds.kernels.index import BatchIndex
 
-__all__ = ["ACTIVATIONS", "SiteAdapter", "adapter"]
+__all__ = ["ACTIVATIONS", "SiteAdapter", "adapter", "bind"]
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_BOTTLENECK = 256
@@ -64,6 +64,34 @@ def adapter(
     if chosen == "torch":
         return segment.apply(x, residual, [segment.Part(*part[:6]) for part in adapters], activation)
     return reference.adapter(x, residual, adapters, activation)
+
+
+def bind(adapters: Sequence[SiteAdapter], activation: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """`adapter` as a function of x and residual alone, for weights that are applied many times (one token a call).
+
+    Where the torch path runs it and nothing needs a gradient, all that depends on the weights alone is done here.
+    """
+
+    def run(x: Tensor, residual: Tensor) -> Tensor:
+        return adapter(x, residual, adapters, activation)
+
+    tensors = [tensor for part in adapters for tensor in part if isinstance(tensor, Tensor)]
+    fixed = tensors and not any(tensor.requires_grad for tensor in tensors)
+    if not fixed or tensors[0].device.type != "cpu" or _torch_cannot(adapters):
+        return run
+    prepared = segment.prepare([segment.Part(*part[:6]) for part in adapters], activation)
+    checked: set[tuple[torch.Size, torch.dtype]] = set()
+
+    def run_prepared(x: Tensor, residual: Tensor) -> Tensor:
+        needed = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
+        if needed or torch.is_autocast_enabled("cpu"):
+            return run(x, residual)
+        if (x.shape, x.dtype) not in checked or residual.shape != x.shape or residual.dtype != x.dtype:
+            _check(x, residual, adapters)
+            checked.add((x.shape, x.dtype))
+        return prepared(x, residual)
+
+    return run_prepared
 
 
 def _cast(

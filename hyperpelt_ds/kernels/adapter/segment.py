@@ -44,7 +44,42 @@ def apply(x: Tensor, residual: Tensor, parts: Sequence[Part], activation: str) -
     if needed and torch.is_grad_enabled():
         made: Tensor = _Segments.apply(x, residual, activation, [part.users for part in parts], *tensors)
         return made
-    return _forward(x.contiguous(), residual, parts, activation)[0]
+    return prepare(parts, activation)(x, residual)
+
+
+def prepare(parts: Sequence[Part], activation: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """What `apply` does without gradients, as a function of x and residual, with all that weights decide done here.
+
+    In decoding the same weights are applied for every token: slicing them anew cost as much as the products.
+    """
+    if any(part.users.lengths is not None for part in parts):
+        return lambda x, residual: _forward(x.contiguous(), residual, parts, activation)[0]
+    act = ACTIVATIONS[activation]
+    biases = _biases(parts)
+    ready = [(part.users, 1.0 if part.scale is None else float(part.scale), _slices(part)) for part in parts]
+
+    def run(x: Tensor, residual: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = residual.contiguous() + biases
+        for users, scale, slices in ready:
+            own_x, own_y = _in_order(x, users), _in_order(y, users)
+            for span, bias, down, up in slices:
+                tokens = _samples(own_x, span)
+                hidden = act(torch.bmm(tokens, down) if bias is None else torch.baddbmm(bias, tokens, down))
+                _samples(own_y, span).baddbmm_(hidden, up, alpha=scale)
+            y = _in_batch_order(own_y, users)
+        return y
+
+    return run
+
+
+def _slices(part: Part) -> list[tuple[Span, Tensor | None, Tensor, Tensor]]:
+    """Each span's down_bias (groups, 1, R), down and up."""
+    bias = None if part.down_bias is None else part.down_bias.unsqueeze(1)
+    return [
+        (span, None if bias is None else _weights(bias, span), _weights(part.down, span), _weights(part.up, span))
+        for span in part.users.spans or ()
+    ]
 
 
 class _Segments(torch.autograd.Function):
@@ -82,18 +117,17 @@ def _parts(tensors: Sequence[Tensor | None], indices: Sequence[BatchIndex]) -> l
 def _forward(x: Tensor, residual: Tensor, parts: Sequence[Part], activation: str) -> tuple[Tensor, list[Tensor]]:
     """The output, and each part's z = x down + down_bias (B, T, R) in the order of its spans."""
     narrow: list[Tensor] = []
-    y = residual.contiguous() + _biases(parts, x.shape[1], x.dtype)  # new, so that products may add to it in place
+    y = residual.contiguous() + _biases(parts, x.shape[1])  # new, so that products may add to it in place
     for part in parts:
         index = part.users
         own_x, own_y = _in_order(x, index), _in_order(y, index)
         z = _new(x, (*x.shape[:2], part.down.shape[2]), zero=not index.complete)
-        for span in index.spans or ():
-            first, into = _samples(own_x, span), _samples(z, span)
-            if part.down_bias is None:
-                torch.bmm(first, _weights(part.down, span), out=into)
+        for span, bias, down, _ in _slices(part):
+            tokens, into = _samples(own_x, span), _samples(z, span)
+            if bias is None:
+                torch.bmm(tokens, down, out=into)
             else:
-                bias = _weights(part.down_bias, span).unsqueeze(1)
-                torch.baddbmm(bias, first, _weights(part.down, span), out=into)
+                torch.baddbmm(bias, tokens, down, out=into)
         hidden = _scaled(ACTIVATIONS[activation](z), part)
         for span in index.spans or ():
             _samples(own_y, span).baddbmm_(_samples(hidden, span), _weights(part.up, span))
@@ -154,8 +188,8 @@ def _weight_gradients(
     return [down, down_bias, up, up_bias, scale]
 
 
-def _biases(parts: Sequence[Part], length: int, dtype: torch.dtype) -> Tensor | float:
-    """The sum of scale * up_bias that every sample gets, (B or 1, 1 or T, O)."""
+def _biases(parts: Sequence[Part], length: int = 0) -> Tensor | float:
+    """The sum of scale * up_bias that every sample gets, (B or 1, 1, O), or (B, T, O) where there are lengths."""
     total: Tensor | float = 0.0
     for part in parts:
         if part.up_bias is None:
@@ -168,7 +202,7 @@ def _biases(parts: Sequence[Part], length: int, dtype: torch.dtype) -> Tensor | 
         if not index.complete:
             own = own * (index.ids >= 0).view(-1, 1, 1)
         if index.lengths is not None:
-            own = own * _live(index, length, dtype)
+            own = own * _live(index, length, own.dtype)
         total = total + own
     return total
 
