@@ -4,6 +4,7 @@ All systems of a case do the same work on the same numbers, in the same process,
 
     ours          all sites generated in one product, one op a site (the backend that a model would get)
     gather        the same generation, weights copied for every sample, plain bmm: what eager torch does
+    compiled      gather under torch.compile
     grouped_mm    the same generation, F.grouped_mm over the sorted batch
     block         our op, weights generated at every site anew
     loop_task     a Python loop over the batch's tasks that generates at every site (HyperFormer's scheme)
@@ -28,11 +29,17 @@ from typing import Any
 
 from command import run
 
-PEERS = ("gather", "grouped_mm", "block", "loop_task", "loop_example", "per_token")
+PEERS = ("gather", "compiled", "grouped_mm", "block", "loop_task", "loop_example", "per_token")
+DEFAULT_PEERS = tuple(name for name in PEERS if name != "compiled")
 
 
 def bench_kernels(
-    *, suite: str = "smoke", out: str | None = None, rounds: int = 7, systems: str = ",".join(PEERS), tests: bool = True
+    *,
+    suite: str = "smoke",
+    out: str | None = None,
+    rounds: int = 7,
+    systems: str = ",".join(p for p in PEERS if p != "compiled"),
+    tests: bool = True,
 ) -> None:
     """Time every case of a suite and write JSON lines (case, system, metric, median, min, max, ratio).
 
@@ -44,7 +51,7 @@ def bench_kernels(
         suite: smoke, cpu, gpu10 (one command of under ten minutes on a GPU) or full
         out: file for the JSON lines; a table is printed either way
         rounds: counted rounds after one warm-up round
-        systems: peers to time, names separated by commas
+        systems: peers to time, names separated by commas (compiled only if asked for: it takes a minute a case)
         tests: run the op's tests first and stop if they fail
     """
     from hyperpelt_ds.kernels.cases import ADAPTER_CASES, SUITES
@@ -68,37 +75,47 @@ def bench_kernels(
     device = dist.device().type
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    about = f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}".replace("torch.", "")
-    print(f"{about}, {rounds} rounds")
-    rate = _copy_rate(device)
-    lines: list[dict[str, Any]] = []
+    about = f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, {str(dtype)[6:]}"
+    rate, peak = _ceilings(device, dtype)
+    print(f"{about}, {rounds} rounds; copy {rate / 1e9:.0f} GB/s, matrix product {peak / 1e9:.0f} GFLOP/s")
+    lines = []
     for case in ADAPTER_CASES:
-        if case.name not in SUITES[suite]:
-            continue
-        actions = _systems(case, ("ours", *peers), device, dtype)
-        times = _rounds(actions, rounds, device)
-        floor = _floor(case, dtype, rate)
-        for system, seconds in times.items():
-            ratios = [own / ours for own, ours in zip(seconds, times["ours"], strict=True)]
-            median, low, high = statistics.median(seconds), min(seconds), max(seconds)
-            line: dict[str, Any] = {"case": case.name, "system": system, "metric": "forward_backward_s"}
-            line |= {"median": median, "min": low, "max": high, "ratio": statistics.median(ratios)}
-            line |= {
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
-                **floor,
-                "of_copy_rate": floor["floor_s"] / median,
-            }
-            line |= {"peak_bytes": _peak(actions[system]) if device == "cuda" else None, "hardware": about}
-            lines.append(line)
-            print(
-                f"{case.name:28} {system:13} {median * 1e3:9.2f} ms [{low * 1e3:.2f}, {high * 1e3:.2f}]  "
-                f"x{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]  "
-                f"{floor['floor_s'] / median:.0%} of the copy rate"
-            )
+        if case.name in SUITES[suite]:
+            lines += [{**line, "hardware": about} for line in _case(case, peers, rounds, device, dtype, rate)]
     if out:
         Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
         print(f"wrote {out}")
+
+
+def _case(case: Any, peers: tuple[str, ...], rounds: int, device: str, dtype: Any, rate: float) -> list[dict[str, Any]]:
+    """The results of one case, a line a system; printed as they come."""
+    from hyperpelt_ds.kernels.adapter.plan import plan
+
+    cost = plan(case, dtype, device, rate)
+    assert cost.floor_s is not None
+    print(f"{case.name}: {cost}")
+    actions = _systems(case, ("ours", *peers), device, dtype)
+    times = _rounds(actions, rounds, device)
+    lines = []
+    for system, seconds in times.items():
+        ratios = [own / ours for own, ours in zip(seconds, times["ours"], strict=True)]
+        median, low, high, ratio = statistics.median(seconds), min(seconds), max(seconds), statistics.median(ratios)
+        line: dict[str, Any] = {"case": case.name, "system": system, "metric": "forward_backward_s"}
+        line |= {"median": median, "min": low, "max": high}
+        line |= {"ratio": ratio, "ratio_min": min(ratios), "ratio_max": max(ratios)}
+        line |= {
+            "flops": cost.flops,
+            "bytes": cost.bytes,
+            "floor_s": cost.floor_s,
+            "of_copy_rate": cost.floor_s / median,
+        }
+        line |= _on_gpu(actions[system]) if device == "cuda" else {}
+        lines.append(line)
+        print(
+            f"  {system:13} {median * 1e3:9.2f} ms [{low * 1e3:.2f}, {high * 1e3:.2f}]  "
+            f"x{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]  {cost.floor_s / median:.0%} of the copy rate"
+        )
+    return lines
 
 
 def _run_tests() -> None:
@@ -130,34 +147,32 @@ def _rounds(systems: dict[str, Callable[[], None]], rounds: int, device: str) ->
     return times
 
 
-def _copy_rate(device: str) -> float:
-    """Bytes a second that a copy reads and writes on this machine."""
+def _ceilings(device: str, dtype: Any) -> tuple[float, float]:
+    """Bytes a second that a copy reads and writes on this machine, and FLOPs a second of a large matrix product."""
     import torch
 
     source = torch.empty(256 << 20 if device == "cuda" else 16 << 20, device=device)
     target = torch.empty_like(source)
-    times = _rounds({"copy": lambda: _drop(target.copy_(source))}, 5, device)["copy"]
-    return 2 * source.numel() * source.element_size() / statistics.median(times)
+    side = 8192 if device == "cuda" else 1024
+    square = torch.randn(side, side, device=device).to(dtype)
+    times = _rounds({"copy": lambda: _drop(target.copy_(source)), "product": lambda: _drop(square @ square)}, 5, device)
+    copy, product = (statistics.median(times[name]) for name in ("copy", "product"))
+    return 2 * source.numel() * source.element_size() / copy, 2 * side**3 / product
 
 
-def _floor(case: Any, dtype: Any, rate: float) -> dict[str, float]:
-    """FLOPs, the bytes that must move (activations, weights once and their gradients), and their time at `rate`."""
-    tokens, size = case.samples * case.tokens, case.size
-    item = dtype.itemsize
-    made = case.groups * case.parameters
-    flops = case.sites * (6 * tokens * 2 * size * case.bottleneck + 6 * made * case.hyper)
-    activations = 10 * tokens * size + 6 * tokens * case.bottleneck
-    moved = item * (case.sites * (activations + 6 * made) + 3 * case.parameters * case.hyper)
-    return {"flops": flops, "bytes": moved, "floor_s": moved / rate}
-
-
-def _peak(action: Callable[[], None]) -> int:
+def _on_gpu(action: Callable[[], None]) -> dict[str, int]:
+    """The most memory that a pass takes beyond what is there before, and the kernels that it launches."""
     import torch
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     action()
-    return torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        action()
+        torch.cuda.synchronize()
+    launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or ())
+    return {"peak_bytes": peak, "launches": launches}
 
 
 def _systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[str, Callable[[], None]]:
@@ -201,7 +216,7 @@ def _systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict
             continue
         if name == "loop_task" and not case.conditions:
             continue
-        made[name] = (all_sites if name in ("ours", "gather", "grouped_mm", "per_token") else each_site)(bodies[name])
+        made[name] = (each_site if name in ("block", "loop_task", "loop_example") else all_sites)(bodies[name])
     return made
 
 
@@ -258,6 +273,7 @@ def _bodies(case: Any, users: Any) -> dict[str, Callable[..., Any]]:
     return dict(
         ours=ours,
         gather=gather,
+        compiled=torch.compile(gather, dynamic=False),
         grouped_mm=grouped_mm,
         per_token=per_token,
         block=block,

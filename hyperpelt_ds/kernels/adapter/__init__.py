@@ -155,19 +155,28 @@ def _torch_cannot(adapters: Sequence[SiteAdapter]) -> Exception | None:
 
 
 def _triton_cannot(x: Tensor, adapters: Sequence[SiteAdapter]) -> Exception | None:
-    if x.dtype not in TRITON_DTYPES:
-        return KernelDtypeError(f'x: backend="triton" expects {", ".join(map(str, TRITON_DTYPES))}, got {x.dtype}')
-    if x.shape[2] % 8:
-        return KernelShapeError(f'x: backend="triton" expects a size that is a multiple of 8, got {x.shape[2]}')
     if x.numel() == 0:
         return KernelShapeError(f'x: backend="triton" expects at least one token, got {tuple(x.shape)}')
     for number, part in enumerate(adapters):
-        groups, _, narrow = part.down.shape
-        if not (groups and 1 <= narrow <= TRITON_BOTTLENECK):
-            return KernelShapeError(
-                f'adapters[{number}].down: backend="triton" expects conditions and a bottleneck of 1 to '
-                f"{TRITON_BOTTLENECK}, got {tuple(part.down.shape)}"
-            )
+        groups, size, narrow = part.down.shape
+        problem = triton_limit(x.dtype, size, narrow)
+        if problem is not None:
+            return problem
+        if groups == 0:
+            return KernelShapeError(f'adapters[{number}].down: backend="triton" expects a condition, got none')
         if part.gain is not None:
             return KernelUnavailableError(f'adapters[{number}].gain: a norm is only in backend="reference"')
+    return None
+
+
+def triton_limit(dtype: torch.dtype, size: int, narrow: int) -> Exception | None:
+    """Why the fused kernels do not run adapters of this type and size, or None."""
+    if dtype not in TRITON_DTYPES:
+        return KernelDtypeError(f'x: backend="triton" expects {", ".join(map(str, TRITON_DTYPES))}, got {dtype}')
+    if size % 8:
+        return KernelShapeError(f'x: backend="triton" expects a size that is a multiple of 8, got {size}')
+    if not 1 <= narrow <= TRITON_BOTTLENECK:
+        return KernelShapeError(
+            f'adapters.down: backend="triton" expects a bottleneck of 1 to {TRITON_BOTTLENECK}, got {narrow}'
+        )
     return None
