@@ -38,7 +38,7 @@ def bench_kernels(
     suite: str = "smoke",
     out: str | None = None,
     rounds: int = 7,
-    systems: str = ",".join(p for p in PEERS if p != "compiled"),
+    systems: str = ",".join(DEFAULT_PEERS),
     tests: bool = True,
 ) -> None:
     """Time every case of a suite and write JSON lines (case, system, metric, median, min, max, ratio).
