@@ -28,9 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from command import run
+from kernel_peers import DEFAULT_PEERS, PEERS, systems
 
-PEERS = ("gather", "compiled", "grouped_mm", "block", "loop_task", "loop_example", "per_token")
-DEFAULT_PEERS = tuple(name for name in PEERS if name != "compiled")
+STEPS = {
+    "t5_base": (64, 64, 8, dict(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)),
+    "t5_xxl_6x6_layers": (16, 64, 8, dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=6, num_heads=64)),
+    "tiny": (4, 8, 4, dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)),
+}
+"""Samples, source and target tokens, and shape of the models whose train step is timed."""
+SUITE_STEPS = dict.fromkeys(("gpu10", "full"), ("t5_base", "t5_xxl_6x6_layers"))
 
 
 def bench_kernels(
@@ -38,7 +44,8 @@ def bench_kernels(
     suite: str = "smoke",
     out: str | None = None,
     rounds: int = 7,
-    systems: str = ",".join(DEFAULT_PEERS),
+    peers: str = ",".join(DEFAULT_PEERS),
+    steps: str | None = None,
     tests: bool = True,
 ) -> None:
     """Time every case of a suite and write JSON lines (case, system, metric, median, min, max, ratio).
@@ -51,17 +58,23 @@ def bench_kernels(
         suite: smoke, cpu, gpu10 (one command of under ten minutes on a GPU) or full
         out: file for the JSON lines; a table is printed either way
         rounds: counted rounds after one warm-up round
-        systems: peers to time, names separated by commas (compiled only if asked for: it takes a minute a case)
+        peers: systems to time beside ours, names separated by commas; compiled only if asked for, it takes a minute a
+            case
+        steps: models whose train step is timed with and without the op, of t5_base, t5_xxl_6x6_layers and tiny; the
+            first two in gpu10 and full unless given
         tests: run the op's tests first and stop if they fail
     """
     from hyperpelt_ds.kernels.cases import ADAPTER_CASES, SUITES
 
     if suite not in SUITES:
         raise ValueError(f"--suite: expected one of {', '.join(SUITES)}, got {suite!r}")
-    peers = tuple(name for name in systems.split(",") if name)
-    for name in peers:
+    names = tuple(name for name in peers.split(",") if name)
+    for name in names:
         if name not in PEERS:
-            raise ValueError(f"--systems: unknown {name!r}; allowed are {', '.join(PEERS)}")
+            raise ValueError(f"--peers: unknown {name!r}; allowed are {', '.join(PEERS)}")
+    for name in steps.split(",") if steps else ():
+        if name not in STEPS:
+            raise ValueError(f"--steps: unknown {name!r}; allowed are {', '.join(STEPS)}")
     if rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
     if out and not Path(out).resolve().parent.is_dir():
@@ -81,7 +94,9 @@ def bench_kernels(
     lines = []
     for case in ADAPTER_CASES:
         if case.name in SUITES[suite]:
-            lines += [{**line, "hardware": about} for line in _case(case, peers, rounds, device, dtype, rate)]
+            lines += [{**line, "hardware": about} for line in _case(case, names, rounds, device, dtype, rate)]
+    for name in (name for name in steps.split(",") if name) if steps is not None else SUITE_STEPS.get(suite, ()):
+        lines += [{**line, "hardware": about} for line in _step(name, rounds, device, dtype, peak)]
     if out:
         Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
         print(f"wrote {out}")
@@ -94,7 +109,7 @@ def _case(case: Any, peers: tuple[str, ...], rounds: int, device: str, dtype: An
     cost = plan(case, dtype, device, rate)
     assert cost.floor_s is not None
     print(f"{case.name}: {cost}")
-    actions = _systems(case, ("ours", *peers), device, dtype)
+    actions = systems(case, ("ours", *peers), device, dtype)
     times = _rounds(actions, rounds, device)
     lines = []
     for system, seconds in times.items():
@@ -119,7 +134,7 @@ def _case(case: Any, peers: tuple[str, ...], rounds: int, device: str, dtype: An
 
 
 def _run_tests() -> None:
-    """The op's tests; SystemExit-free: a red test raises ValueError, so that no speed is printed."""
+    """The op's tests; a red one raises ValueError, so that no speed is printed."""
     root = Path(__file__).resolve().parents[1]
     files = sorted(str(file) for file in (root / "tests").glob("test_kernels*.py"))
     command = [sys.executable, "-m", "pytest", "-x", "-q", *files]
@@ -175,130 +190,72 @@ def _on_gpu(action: Callable[[], None]) -> dict[str, int]:
     return {"peak_bytes": peak, "launches": launches}
 
 
-def _systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[str, Callable[[], None]]:
-    """One forward and backward pass through all sites of a case, for every system that can run it."""
+def _step(name: str, rounds: int, device: str, dtype: Any, peak: float) -> list[dict[str, Any]]:
+    """A train step of HyperPELT on a T5 of the named shape, eight tasks in the batch: with the op as models get it,
+    with weights copied for every sample, and the frozen model's own forward and backward to its inputs."""
+    from unittest.mock import patch
+
     import torch
 
-    from hyperpelt_ds.kernels import generate, index_batch
+    from hyperpelt_ds.backbones import Backbone, random_model
+    from hyperpelt_ds.config import Config
+    from hyperpelt_ds.contracts import Batch, Sample
+    from hyperpelt_ds.kernels import dispatch
+    from hyperpelt_ds.model import HyperPELT
 
-    def draw(*shape: int, std: float = 1.0) -> Any:
-        return (torch.randn(shape, generator=generator) * std).to(device, dtype).requires_grad_()
-
-    generator = torch.Generator().manual_seed(0)
-    x = draw(case.samples, case.tokens, case.size)
-    hyper = draw(case.sites, case.groups, case.hyper)
-    weight = draw(case.parameters, case.hyper, std=(case.hyper * case.size) ** -0.5)
-    bias, scale = draw(case.parameters, std=0.0), draw(case.sites)
-    leaves = (x, hyper, weight, bias, scale)
-    users = index_batch(case.ids, groups=case.groups, device=device)
-
-    def all_sites(body: Callable[..., Any]) -> Callable[[], None]:
-        def step() -> None:
-            made = _split(generate(hyper, weight, bias), case)
-            _backward(_through(body, x, zip(*(part.unbind() for part in (*made, scale)), strict=True)), leaves)
-
-        return step
-
-    def each_site(body: Callable[..., Any]) -> Callable[[], None]:
-        def step() -> None:
-            y = x
-            for site in range(case.sites):
-                y = body(y, hyper[site], weight, bias, scale[site])
-            _backward(y, leaves)
-
-        return step
-
-    bodies = _bodies(case, users)
-    repeated = case.samples * case.tokens * case.parameters * case.sites * dtype.itemsize
-    made: dict[str, Callable[[], None]] = {}
-    for name in names:
-        if name == "per_token" and repeated > (64 << 30 if device == "cuda" else 1 << 30):
-            continue
-        if name == "loop_task" and not case.conditions:
-            continue
-        made[name] = (each_site if name in ("block", "loop_task", "loop_example") else all_sites)(bodies[name])
-    return made
-
-
-def _bodies(case: Any, users: Any) -> dict[str, Callable[..., Any]]:
-    """What each system does at one site: from made weights, or from hyper-embeddings (block and the loops)."""
-    import torch
-    import torch.nn.functional as F
-
-    from hyperpelt_ds.kernels import adapter, generate
-    from hyperpelt_ds.kernels.adapter import SiteAdapter
-
-    rows = users.ids.long()
-    ends = users.ptr[1:].clone()
-    of_task = [
-        range(n * case.samples // case.groups, (n + 1) * case.samples // case.groups) for n in range(case.groups)
-    ]
-
-    def ours(x: Any, *made: Any) -> Any:
-        return adapter(x, x, [SiteAdapter._make((*made, users, None, None))], "relu")
-
-    def gather(x: Any, *made: Any) -> Any:
-        return adapter(x, x, [SiteAdapter._make((*made, users, None, None))], "relu", backend="reference")
-
-    def grouped_mm(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any, scale: Any) -> Any:
-        flat, stops = x.flatten(0, 1), ends * case.tokens
-        by_token = rows.repeat_interleave(case.tokens)
-        h = torch.relu(F.grouped_mm(flat, down.contiguous(), offs=stops) + down_bias.index_select(0, by_token))
-        y = F.grouped_mm(h, up.contiguous(), offs=stops) + up_bias.index_select(0, by_token)
-        return x + scale * y.view_as(x)
-
-    def per_token(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any, scale: Any) -> Any:
-        of = [part.index_select(0, rows).repeat_interleave(case.tokens, 0) for part in (down, down_bias, up, up_bias)]
-        flat = x.flatten(0, 1).unsqueeze(1)
-        h = torch.relu(torch.bmm(flat, of[0]) + of[1].unsqueeze(1))
-        return x + scale * (torch.bmm(h, of[2]) + of[3].unsqueeze(1)).view_as(x)
-
-    def block(x: Any, hyper: Any, weight: Any, bias: Any, scale: Any) -> Any:
-        return ours(x, *_split(generate(hyper, weight, bias), case), scale)
-
-    def one(x: Any, made: Any, scale: Any) -> Any:
-        down, down_bias, up, up_bias = _split(made, case)
-        return x + scale * (torch.relu(x @ down + down_bias) @ up + up_bias)
-
-    def loop_task(x: Any, hyper: Any, weight: Any, bias: Any, scale: Any) -> Any:
-        parts = []
-        for task, samples in enumerate(of_task):
-            parts.append(one(x[samples.start : samples.stop], F.linear(hyper[task], weight, bias), scale))
-        return torch.cat(parts)
-
-    def loop_example(x: Any, hyper: Any, weight: Any, bias: Any, scale: Any) -> Any:
-        made = (one(x[n], F.linear(hyper[row], weight, bias), scale) for n, row in enumerate(case.ids))
-        return torch.stack(list(made))
-
-    return dict(
-        ours=ours,
-        gather=gather,
-        compiled=torch.compile(gather, dynamic=False),
-        grouped_mm=grouped_mm,
-        per_token=per_token,
-        block=block,
-        loop_task=loop_task,
-        loop_example=loop_example,
+    samples, source, target, shape = STEPS[name]
+    settings = dict(vocab_size=32128, dropout_rate=0.0, decoder_start_token_id=0, **shape)
+    config = Config().override(["modules.prefix_length=16", "modules.bottleneck=64"])
+    model = HyperPELT(
+        config,
+        Backbone(random_model("t5", **settings).to(dtype), None, config.modules),
+        [f"task{n}" for n in range(8)],
     )
+    model.to_device(torch.device(device)).train()
+    batch = Batch(
+        input_ids=torch.randint(3, 32128, (samples, source)),
+        attention_mask=torch.ones((samples, source), dtype=torch.long),
+        labels=torch.randint(3, 32128, (samples, target)),
+        targets=torch.arange(samples * target),
+        tasks=torch.arange(8),
+        task_rows=torch.arange(samples) * 8 // samples,
+        images=None,
+        image_rows=None,
+        loss_weights=torch.full((samples,), 1 / samples),
+        samples=tuple(Sample(str(n), "task0", "", "") for n in range(samples)),
+    ).to(torch.device(device))
+    frozen = random_model("t5", **settings).to(device, dtype).requires_grad_(False).train()
 
+    def step() -> None:
+        model(batch).loss.backward()
+        model.zero_grad()
 
-def _split(made: Any, case: Any) -> tuple[Any, ...]:
-    """Packed rows (..., P) as down, down_bias, up, up_bias, the order in which the model's head packs them."""
-    size, narrow = case.size, case.bottleneck
-    down, down_bias, up, up_bias = made.split([size * narrow, narrow, narrow * size, size], dim=-1)
-    return down.unflatten(-1, (size, narrow)), down_bias, up.unflatten(-1, (narrow, size)), up_bias
+    def copied() -> None:
+        with patch.object(dispatch, "choose", lambda *_: "reference"):
+            step()
 
+    def floor() -> None:
+        embedded = frozen.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
+        frozen(inputs_embeds=embedded, labels=batch.labels, use_cache=False).loss.backward()
 
-def _through(body: Callable[..., Any], x: Any, sites: Any) -> Any:
-    for made in sites:
-        x = body(x, *made)
-    return x
-
-
-def _backward(y: Any, leaves: tuple[Any, ...]) -> None:
-    y.float().square().mean().backward()
-    for leaf in leaves:
-        leaf.grad = None
+    times = _rounds({"ours": step, "gather": copied, "floor": floor}, rounds, device)
+    stacks = {"encoder": source, "decoder": target}
+    flops = 4 * samples * sum(  # forward, and backward to the inputs: no gradients of frozen matrices
+        tokens * sum(p.numel() for n, p in frozen.named_parameters() if n.startswith(stack) and p.ndim == 2)
+        for stack, tokens in stacks.items()
+    )  # fmt: skip
+    lines = []
+    for system, seconds in times.items():
+        ratios = [own / ours for own, ours in zip(seconds, times["ours"], strict=True)]
+        median, ratio = statistics.median(seconds), statistics.median(ratios)
+        line: dict[str, Any] = {"case": f"step {name}", "system": system, "metric": "forward_backward_s"}
+        line |= {"median": median, "min": min(seconds), "max": max(seconds), "ratio": ratio}
+        lines.append({**line, "mfu": flops / median / peak})
+        print(
+            f"step {name:18} {system:8} {median * 1e3:9.2f} ms [{min(seconds) * 1e3:.2f}, {max(seconds) * 1e3:.2f}]  "
+            f"x{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]  {flops / median / peak:.0%} of the product's rate"
+        )
+    return lines
 
 
 def _drop(_: Any) -> None:
