@@ -39,7 +39,8 @@ class BatchIndex(NamedTuple):
     ids (B,), order (B,) and ptr (groups + 1,) are int32: the samples of condition g are order[ptr[g] : ptr[g + 1]], in
     the order of the batch; those without a condition come first. lengths (B,) int32, or None: tokens from there on get
     nothing. Known on the host or None: counts, samples of each condition; spans, every sample that has a condition and
-    every condition once, in the order of the batch, or with `permuted` in that of `order`.
+    every condition once, in the order of the batch, or with `permuted` in that of `order`; `complete`, whether every
+    sample has one.
     """
 
     ids: Tensor
@@ -50,11 +51,7 @@ class BatchIndex(NamedTuple):
     counts: tuple[int, ...] | None = None
     spans: tuple[Span, ...] | None = None
     permuted: bool = False
-
-    @property
-    def complete(self) -> bool:
-        """Whether every sample is known to have a condition."""
-        return self.counts is not None and sum(self.counts) == len(self.ids)
+    complete: bool = False
 
 
 def index_batch(
@@ -87,8 +84,9 @@ def index_batch(
     scattered = len(set(ids) - {-1}) < sum(number >= 0 for number, _ in itertools.groupby(ids))
     permuted = scattered or len(spans) > 2 * len(by_order)  # else moving the samples costs more than it spares
     made = [torch.tensor(part, dtype=torch.int32, device=device) for part in (ids, order, ptr)]
-    known = (groups, _lengths(lengths, len(ids), device), tuple(counts), by_order if permuted else spans, permuted)
-    return BatchIndex._make((*made, *known))
+    chosen = by_order if permuted else spans
+    known = (_lengths(lengths, len(ids), device), tuple(counts), chosen, permuted, sum(counts) == len(ids))
+    return BatchIndex._make((*made, groups, *known))
 
 
 def index_on_device(rows: Tensor, groups: int, lengths: Tensor | None = None) -> BatchIndex:

@@ -29,8 +29,10 @@ def low_rank(x: Tensor, output: Tensor, deltas: Sequence[SiteLowRank]) -> Tensor
     """
     for number, delta in enumerate(deltas):
         check_index(f"deltas[{number}].users", delta.users, len(x), len(delta.down))
-    if all(delta.users.spans is not None for delta in deltas) and not torch.is_autocast_enabled(x.device.type):
-        return segment.apply(x, output, _parts(deltas), "identity")
+    parts = _parts(deltas)
+    sliced = all(part.users.spans is not None and not segment.copies_pay(part) for part in parts)
+    if sliced and not torch.is_autocast_enabled(x.device.type):
+        return segment.apply(x, output, parts, "identity")
     for delta in deltas:
         rows = delta.users.ids.clamp(min=0)
         narrow = torch.bmm(x, delta.down.index_select(0, rows))

@@ -62,7 +62,9 @@ def adapter(
         branches = [fused.Branch(*part[:5], *part.users[:3]) for part in adapters]
         return fused.apply(x, residual, branches, [part.users.lengths for part in adapters], activation)
     if chosen == "torch":
-        return segment.apply(x, residual, [segment.Part(*part[:6]) for part in adapters], activation)
+        parts = [segment.Part(*part[:6]) for part in adapters]
+        if backend == "torch" or not any(segment.copies_pay(part) for part in parts):
+            return segment.apply(x, residual, parts, activation)
     return reference.adapter(x, residual, adapters, activation)
 
 

@@ -44,7 +44,7 @@ def token_tile(tokens: int, narrow: int, branches: int, item: int) -> Tile:
     """The tile of the kernels that own a sample's tokens; `narrow` is the padded bottleneck, `item` bytes a number."""
     wide = narrow * branches
     rows = 16 if tokens <= 16 else 32 if tokens <= 32 or wide >= 256 else 64
-    columns = 64 if wide <= 128 and item == 2 else 32
+    columns = 64 if wide <= 128 and item == 2 else 32 if wide * item < 2048 else 16
     return Tile(rows, columns, 8 if wide >= 128 and rows >= 32 else 4, 2 if wide >= 256 else 3)
 
 
