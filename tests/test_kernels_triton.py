@@ -98,7 +98,7 @@ def _entry(kind: str, tokens: int, narrow: int, branches: int, dtype: str, arch:
     return tile, _compile(kernel, types, constants, arch, tile.warps, tile.stages)
 
 
-# Bytes of stack that ptxas 12.9 takes although registers are left, by (kind, tokens, bottleneck, branches, dtype, arch).
+# Stack bytes that ptxas 12.9 takes though registers are left, by (kind, tokens, bottleneck, branches, dtype, arch).
 STACK: dict[tuple[object, ...], int] = {
     ("forward", 32, 24, 1, "fp32", 90): 8,
     ("forward", 64, 64, 2, "fp32", 90): 8,
