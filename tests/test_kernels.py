@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperpelt_ds.kernels import adapter, generate, low_rank, prefix_attention
+from hyperpelt_ds.kernels import adapter, generate, index_batch, low_rank, prefix_attention
 from hyperpelt_ds.kernels.adapter import SiteAdapter
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
 from hyperpelt_ds.kernels.prefix_attention import SitePrefix
@@ -39,7 +39,7 @@ def _adapter(generator, conditions, size, bottleneck, batch, norm=False) -> Site
         draw(conditions, bottleneck, size),
         draw(conditions, size),
         draw(()),
-        rows,
+        index_batch(rows, groups=conditions),
         *((draw(conditions, size), draw(conditions, size)) if norm else ()),
     )
 
@@ -54,7 +54,7 @@ def test_adapters_of_two_branches_equal_the_formula_for_each_sample(shape, activ
     act = ACTIVATIONS[activation]
     expected = residual.clone()
     for part in parts:
-        for i, row in enumerate(part.rows.tolist()):
+        for i, row in enumerate(part.users.ids.tolist()):
             if row >= 0:
                 hidden = act(x[i] @ part.down[row] + part.down_bias[row])
                 added = hidden @ part.up[row] + part.up_bias[row]
@@ -85,13 +85,12 @@ def test_low_rank_deltas_of_two_branches_equal_changed_matrices(shape, outputs, 
         SiteLowRank(
             draw(conditions, inputs, rank),
             draw(conditions, rank, outputs),
-            torch.randint(-1, conditions, (batch,), generator=generator),
+            index_batch(torch.randint(-1, conditions, (batch,), generator=generator), groups=conditions),
         )
         for _ in range(2)
     ]
     changed = [
-        matrix + sum(delta.down[delta.rows[i]] @ delta.up[delta.rows[i]] for delta in deltas if delta.rows[i] >= 0)
-        for i in range(batch)
+        matrix + sum(d.down[row] @ d.up[row] for d in deltas if (row := int(d.users.ids[i])) >= 0) for i in range(batch)
     ]
     expected = torch.stack([x[i] @ changed[i] for i in range(batch)])
     actual = low_rank(x, x @ matrix, deltas)
@@ -107,7 +106,7 @@ def test_low_rank_deltas_of_two_branches_equal_changed_matrices(shape, outputs, 
 def test_two_parallel_adapters_equal_one_with_their_bottlenecks_side_by_side():
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(3, 4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    one, two = (_adapter(generator, 2, 6, 3, 3)._replace(rows=torch.tensor([0, 1, 1])) for _ in range(2))
+    one, two = (_adapter(generator, 2, 6, 3, 3)._replace(users=index_batch([0, 1, 1])) for _ in range(2))
     unit = torch.ones((), dtype=torch.float64)
     one, two = one._replace(scale=unit), two._replace(scale=unit)
     joined = SiteAdapter(
@@ -116,7 +115,7 @@ def test_two_parallel_adapters_equal_one_with_their_bottlenecks_side_by_side():
         torch.cat([one.up, two.up], 1),
         one.up_bias + two.up_bias,
         unit,
-        one.rows,
+        one.users,
     )
     assert torch.allclose(adapter(x, residual, [one, two], "relu"), adapter(x, residual, [joined], "relu"))
 
@@ -200,5 +199,5 @@ def test_generate_is_one_linear_map_for_all_sites_and_conditions():
 
 
 def test_an_unknown_activation_is_refused():
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="activation"):
         adapter(torch.ones(1, 1, 1), torch.ones(1, 1, 1), [], "tanh")

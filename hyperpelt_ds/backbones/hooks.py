@@ -14,7 +14,6 @@ from hyperpelt_ds.backbones.family import Family, Sublayer
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import ModulesConfig
 from hyperpelt_ds.contracts import Block, Geometry, Projection, Site
-from hyperpelt_ds.kernels import adapter, low_rank
 
 
 def attach(model: Any, family: Family, wanted: ModulesConfig, slot: Slot) -> Geometry:
@@ -77,8 +76,8 @@ def _attach_adapter(sublayer: Sublayer, slot: Slot, place: int, modules: Modules
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs.pop() if parallel else output
-        adapters = slot.adapters(place, x.shape[0])
-        return adapter(x, output, adapters, modules.adapter_activation) if adapters else output
+        apply = slot.adapter(place, x.shape[0], modules.adapter_activation)
+        return apply(x, output) if apply is not None else output
 
     if parallel:
         sublayer.first.register_forward_pre_hook(before)
@@ -89,7 +88,7 @@ def _attach_low_rank(linear: nn.Linear, slot: Slot, projection: int, place: int)
     """Adds the low-rank deltas of site number `place` of a projection to a linear map."""
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        deltas = slot.deltas(projection, place, output.shape[0])
-        return low_rank(args[0], output, deltas) if deltas else output
+        apply = slot.low_rank(projection, place, output.shape[0])
+        return apply(args[0], output) if apply is not None else output
 
     linear.register_forward_hook(after)

@@ -7,14 +7,21 @@ error.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from hyperpelt_ds.contracts import Branch, Tokens
 from hyperpelt_ds.kernels.adapter import SiteAdapter
+from hyperpelt_ds.kernels.adapter import bind as bind_adapter
+from hyperpelt_ds.kernels.index import BatchIndex, index_batch, index_on_device
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
+from hyperpelt_ds.kernels.low_rank import bind as bind_low_rank
 from hyperpelt_ds.kernels.prefix_attention import SitePrefix
+
+Apply = Callable[[Tensor, Tensor], Tensor]
+"""From a block's input and output to its output with what is added."""
 
 
 class Slot:
@@ -30,6 +37,9 @@ class Slot:
         self._adapters = [_by_site(branch.adapter) for branch in branches]
         self._deltas = [[_by_site(kind) for kind in branch.lora or ()] for branch in branches]
         self._rows: dict[tuple[int, int], Tensor] = {}
+        self._indices: dict[tuple[int, int], BatchIndex] = {}
+        self._site_adapters: dict[tuple[int, int], Apply | None] = {}
+        self._site_deltas: dict[tuple[int, int, int], Apply | None] = {}
 
     def prefixes(self, site: int, batch: int) -> list[SitePrefix]:
         """The prefixes of prefix site `site` for `batch` rows."""
@@ -39,21 +49,34 @@ class Slot:
             if sites
         ]
 
-    def adapters(self, site: int, batch: int) -> list[SiteAdapter]:
-        """The adapters of adapter site `site` for `batch` rows."""
-        return [
-            SiteAdapter(rows=self._rows_for(number, batch), **sites[site])
-            for number, sites in enumerate(self._adapters)
-            if sites
-        ]
+    def adapter(self, site: int, batch: int, activation: str) -> Apply | None:
+        """What adds the adapters of adapter site `site` to `batch` rows, or None; made once for these weights."""
+        key = (site, batch)
+        if key not in self._site_adapters:
+            parts = [
+                SiteAdapter(users=self._index_for(number, batch, len(sites[site]["down"])), **sites[site])
+                for number, sites in enumerate(self._adapters)
+                if sites
+            ]
+            self._site_adapters[key] = bind_adapter(parts, activation) if parts else None
+        return self._site_adapters[key]
 
-    def deltas(self, projection: int, site: int, batch: int) -> list[SiteLowRank]:
-        """The low-rank deltas of site `site` of projection `projection` for `batch` rows."""
-        return [
-            SiteLowRank(rows=self._rows_for(number, batch), **kinds[projection][site])
-            for number, kinds in enumerate(self._deltas)
-            if kinds
-        ]
+    def low_rank(self, projection: int, site: int, batch: int) -> Apply | None:
+        """What adds the low-rank deltas of site `site` of projection `projection` to `batch` rows, likewise."""
+        key = (projection, site, batch)
+        if key not in self._site_deltas:
+            found = [(n, kinds[projection][site]) for n, kinds in enumerate(self._deltas) if kinds]
+            parts = [SiteLowRank(users=self._index_for(n, batch, len(own["down"])), **own) for n, own in found]
+            self._site_deltas[key] = bind_low_rank(parts) if parts else None
+        return self._site_deltas[key]
+
+    def _index_for(self, number: int, batch: int, groups: int) -> BatchIndex:
+        """Which rows use which condition of branch `number`: once a batch, for all its sites."""
+        if (number, batch) not in self._indices:
+            rows = self._rows_for(number, batch)
+            make = index_batch if rows.device.type == "cpu" else index_on_device
+            self._indices[number, batch] = make(rows, groups=groups)
+        return self._indices[number, batch]
 
     def _rows_for(self, number: int, batch: int) -> Tensor:
         """Beam search calls with samples x beams rows, beams of a sample side by side: rows repeat, weights do not."""

@@ -5,14 +5,16 @@
     low_rank           low-rank deltas of a mixed batch, likewise
     prefix_attention   attention with every sample's own prefix rows before its keys and values
 
-This file set knows tensors and indices only: no model, no task, no site. It is plain torch; every function already
-has the shape a fused kernel needs (deduplicated conditions plus an index, no loop over tasks or samples, no copy
-per token), so that a kernel can be put behind the same call.
+Conditions come deduplicated, with a BatchIndex that says which sample uses which: no loop over tasks or samples, no
+copy per token. This file set knows tensors and indices only: no model, no task, no site. An op with more than one
+backend is a folder: the contract and its checks, the reference that is short enough to be believed, the torch path,
+the Triton kernels; `dispatch.py` picks by call.
 """
 
 from hyperpelt_ds.kernels.adapter import adapter
 from hyperpelt_ds.kernels.generate import generate
+from hyperpelt_ds.kernels.index import BatchIndex, index_batch
 from hyperpelt_ds.kernels.low_rank import low_rank
 from hyperpelt_ds.kernels.prefix_attention import prefix_attention
 
-__all__ = ["adapter", "generate", "low_rank", "prefix_attention"]
+__all__ = ["BatchIndex", "adapter", "generate", "index_batch", "low_rank", "prefix_attention"]

@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hyperpelt_ds.kernels.adapter import check_index, segment
+from hyperpelt_ds.kernels.index import BatchIndex
+
 
 class SiteLowRank(NamedTuple):
-    """One branch's delta of one linear map, with the condition of each sample in `rows` (B,), -1 for none."""
+    """One branch's delta of one linear map, and which samples use which."""
 
     down: Tensor  # (C, I, r)
     up: Tensor  # (C, r, O)
-    rows: Tensor  # (B,) int64
+    users: BatchIndex  # of C groups
 
 
 def low_rank(x: Tensor, output: Tensor, deltas: Sequence[SiteLowRank]) -> Tensor:
     """output + sum over branches of x down up, every sample with the delta of its condition.
 
-    x (B, T, I), output (B, T, O) -> (B, T, O). A sample whose row is -1 in a branch gets nothing from that branch.
+    x (B, T, I), output (B, T, O) -> (B, T, O). A branch adds nothing to a sample whose index there is -1. It is an
+    adapter without activation, biases and scale; where the batch's grouping is not known on the host, weights are
+    copied for every sample.
     """
+    for number, delta in enumerate(deltas):
+        check_index(f"deltas[{number}].users", delta.users, len(x), len(delta.down))
+    parts = _parts(deltas)
+    sliced = all(part.users.spans is not None and not segment.copies_pay(part) for part in parts)
+    if sliced and not torch.is_autocast_enabled(x.device.type):
+        return segment.apply(x, output, parts, "identity")
     for delta in deltas:
-        rows = delta.rows.clamp(min=0)
-        narrow = torch.bmm(x, delta.down.index_select(0, rows)) * (delta.rows >= 0).to(x.dtype).view(-1, 1, 1)
+        rows = delta.users.ids.clamp(min=0)
+        narrow = torch.bmm(x, delta.down.index_select(0, rows))
+        narrow = narrow * (delta.users.ids >= 0).to(x.dtype).view(-1, 1, 1)
         output = torch.baddbmm(output, narrow, delta.up.index_select(0, rows))
     return output
+
+
+def bind(deltas: Sequence[SiteLowRank]) -> Callable[[Tensor, Tensor], Tensor]:
+    """`low_rank` as a function of x and output alone, with what depends on the weights alone done here (as in
+    `adapter.bind`)."""
+
+    def run(x: Tensor, output: Tensor) -> Tensor:
+        return low_rank(x, output, deltas)
+
+    if any(d.users.spans is None or d.down.requires_grad or d.up.requires_grad for d in deltas):
+        return run
+    prepared = segment.prepare(_parts(deltas), "identity")
+
+    def run_prepared(x: Tensor, output: Tensor) -> Tensor:
+        needed = torch.is_grad_enabled() and (x.requires_grad or output.requires_grad)
+        return run(x, output) if needed or torch.is_autocast_enabled(x.device.type) else prepared(x, output)
+
+    return run_prepared
+
+
+def _parts(deltas: Sequence[SiteLowRank]) -> list[segment.Part]:
+    return [segment.Part(delta.down, None, delta.up, None, None, delta.users) for delta in deltas]

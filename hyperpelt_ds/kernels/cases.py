@@ -1,0 +1,56 @@
+"""The shapes that the ops are tested and timed on, as data; a name here is the name in every test and result."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class AdapterCase(NamedTuple):
+    """A stack of adapter sites in a mixed batch. `conditions` 0 means one for every sample (images)."""
+
+    name: str
+    samples: int
+    tokens: int
+    size: int
+    bottleneck: int
+    hyper: int
+    sites: int
+    conditions: int
+
+    @property
+    def groups(self) -> int:
+        return self.conditions or self.samples
+
+    @property
+    def parameters(self) -> int:
+        """Generated numbers of one site and condition (P)."""
+        return 2 * self.size * self.bottleneck + self.size + self.bottleneck
+
+    @property
+    def ids(self) -> list[int]:
+        """The condition of every sample, sorted, in groups as equal as they get."""
+        return [sample * self.groups // self.samples for sample in range(self.samples)]
+
+
+ADAPTER_CASES = (
+    AdapterCase("tasks4_B64_S32_m64", 64, 32, 768, 64, 64, 4, 4),  # the acceptance case on a CPU
+    AdapterCase("tasks4_B64_S8_m64", 64, 8, 768, 64, 64, 4, 4),
+    AdapterCase("tasks8_B16_S32_m24_d512", 16, 32, 512, 24, 64, 12, 8),  # launch/bench_step.py, mixed
+    AdapterCase("one_task_B16_S32_m24_d512", 16, 32, 512, 24, 64, 12, 1),
+    AdapterCase("images_B16_S32_m24_d512", 16, 32, 512, 24, 64, 12, 0),
+    AdapterCase("images_B16_S8_m64", 16, 8, 768, 64, 64, 4, 0),
+    AdapterCase("tasks8_B64_S64_m64", 64, 64, 768, 64, 64, 24, 8),
+    AdapterCase("tasks8_B64_S512_m64", 64, 512, 768, 64, 64, 24, 8),
+    AdapterCase("tasks8_B64_S512_m8", 64, 512, 768, 8, 64, 24, 8),
+    AdapterCase("images_B64_S64_m64", 64, 64, 768, 64, 64, 24, 0),
+    AdapterCase("images_B64_S512_m64", 64, 512, 768, 64, 64, 24, 0),
+    AdapterCase("tasks8_B64_S64_m64_d4096", 64, 64, 4096, 64, 128, 8, 8),
+    AdapterCase("images_B64_S64_m64_d4096", 64, 64, 4096, 64, 128, 4, 0),
+)
+
+SUITES = {
+    "smoke": ("tasks4_B64_S8_m64", "images_B16_S8_m64"),
+    "cpu": tuple(case.name for case in ADAPTER_CASES[:6]),
+    "gpu10": tuple(case.name for case in ADAPTER_CASES[6:]),
+    "full": tuple(case.name for case in ADAPTER_CASES),
+}

@@ -1,0 +1,224 @@
+"""Adapters on a CPU: the reference and its derivatives, the torch path against it, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapter_cases import ACTIVATIONS, batches, by_formula, draw_adapter, error, leaves, make
+from hypothesis import given, settings
+
+from hyperpelt_ds.kernels import adapter, index_batch, low_rank
+from hyperpelt_ds.kernels.adapter import SiteAdapter
+from hyperpelt_ds.kernels.adapter.plan import plan
+from hyperpelt_ds.kernels.cases import ADAPTER_CASES, SUITES
+from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError, KernelUnavailableError
+from hyperpelt_ds.kernels.index import Span, index_on_device
+from hyperpelt_ds.kernels.low_rank import SiteLowRank
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_reference_has_first_and_second_derivatives(activation):
+    generator = torch.Generator().manual_seed(3)
+    x, residual = (torch.randn(3, 2, 4, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    lengths = torch.tensor([2, 1, 2], dtype=torch.int32)
+    one = draw_adapter(generator, [0, 1, -1], 2, 4, 3, lengths=lengths)
+    two = draw_adapter(generator, [0, 0, 0], 1, 4, 2)
+
+    def run(*tensors):
+        parts = [SiteAdapter(*tensors[2:7], one.users), SiteAdapter(*tensors[7:], two.users)]
+        return adapter(*tensors[:2], parts, activation, backend="reference")
+
+    inputs = leaves(x, residual, [one, two])
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches(sizes=(1, 7, 8, 24, 33), narrows=(1, 8, 20, 33)))
+def test_the_torch_path_equals_the_reference(case):
+    x, residual, parts, activation, dy = make(case, torch.float64)
+    y = adapter(x, residual, parts, activation, backend="torch")
+    expected, gradients = by_formula(x, residual, parts, activation, dy)
+    assert error(y, expected) < 1e-13
+    for actual, wanted in zip(torch.autograd.grad(y, leaves(x, residual, parts), dy), gradients, strict=True):
+        assert error(actual, wanted) < 1e-11
+
+
+@pytest.mark.parametrize("case", ADAPTER_CASES[:6], ids=lambda case: case.name)
+def test_float32_stays_within_a_millionth_on_the_shapes_that_are_timed(case):
+    generator = torch.Generator().manual_seed(0)
+    x, residual, dy = (torch.randn(case.samples, case.tokens, case.size, generator=generator) for _ in range(3))
+    part = draw_adapter(generator, case.ids, case.groups, case.size, case.bottleneck, torch.float32, packed=True)
+    x.requires_grad_(), residual.requires_grad_()
+    y = adapter(x, residual, [part], "gelu")
+    expected, gradients = by_formula(x, residual, [part], "gelu", dy)
+    assert error(y, expected) < 1e-6
+    *made, scale = torch.autograd.grad(y, leaves(x, residual, [part]), dy)
+    for actual, wanted in zip(made, gradients, strict=False):
+        assert error(actual, wanted) < 1e-6
+    # the sum of dy (y - residual) cancels to near nothing, so that it is measured by what was added up
+    assert abs(scale - gradients[-1]) < 1e-6 * dy.norm() * (expected - residual).norm()
+
+
+def test_what_needs_no_gradient_gets_none_and_the_rest_is_the_same():
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(4, 3, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    part = draw_adapter(generator, [0, 0, 1, -1], 2, 6, 3)
+    fixed = SiteAdapter(*(tensor.detach() for tensor in part[:5]), part.users)
+    needs = x.clone().requires_grad_()
+    every = torch.autograd.grad(adapter(needs, residual, [part], "silu").sum(), [needs, *part[:5]])
+    only_x = torch.autograd.grad(adapter(needs, residual, [fixed], "silu").sum(), needs)
+    only_weights = torch.autograd.grad(adapter(x, residual, [part], "silu").sum(), part[:5])
+    for one, two in zip(every, (*only_x, *only_weights), strict=True):
+        assert torch.equal(one, two)
+    assert not adapter(x, residual, [fixed], "silu").requires_grad
+
+
+def test_inputs_that_are_views_and_gradients_that_are_expanded_are_handled():
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
+    x = residual = whole.transpose(1, 2)
+    part = draw_adapter(generator, [0, 1, 1], 2, 6, 3)
+    made = [
+        torch.autograd.grad(adapter(x, residual, [part], "gelu", backend=backend).sum(), part[:5])  # dy has stride 0
+        for backend in ("torch", "reference")
+    ]
+    assert all(torch.allclose(one, two) for one, two in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("ids", [[0] * 6, [0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5], [2, 0, 1, 0, 2, -1]])
+def test_a_samples_answer_is_the_same_alone_to_the_last_bits(ids):
+    """On a CPU the sum's order is the library's, by the size of the product, so that the last bits may differ."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(6, 5, 32, generator=generator) for _ in range(2))
+    part = draw_adapter(generator, ids, 6, 32, 8, torch.float32)
+    together = adapter(x, residual, [part], "relu")
+    assert torch.equal(together, adapter(x, residual, [part], "relu"))
+    for n, number in enumerate(ids):
+        alone = part._replace(users=index_batch([number], groups=6))
+        one = adapter(x[n : n + 1], residual[n : n + 1], [alone], "relu")
+        assert torch.allclose(one[0], together[n], atol=1e-6)
+
+
+def test_under_autocast_everything_is_in_its_type_and_gradients_keep_theirs():
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(2, 3, 8, generator=generator) for _ in range(2))
+    part = draw_adapter(generator, [0, 1], 2, 8, 4, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = adapter(x, residual.bfloat16(), [part], "relu")
+    assert y.dtype == torch.bfloat16
+    assert torch.autograd.grad(y.float().sum(), part.down)[0].dtype == torch.float32
+    assert torch.allclose(y.float(), adapter(x, residual, [part], "relu"), atol=0.1)
+
+
+def test_gradients_under_checkpointing_are_the_same():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 8, generator=generator).requires_grad_()
+    part = draw_adapter(generator, [0, 0, 1, -1], 2, 8, 4, torch.float32)
+
+    def run(x):
+        return adapter(x, x, [part], "gelu")
+
+    inputs = [x, *part[:5]]
+    again = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+    for one, two in zip(
+        torch.autograd.grad(run(x).sum(), inputs), torch.autograd.grad(again.sum(), inputs), strict=True
+    ):
+        assert torch.equal(one, two)
+
+
+def test_a_second_derivative_is_refused_by_the_written_out_backward_pass():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    part = draw_adapter(generator, [0], 1, 4, 2)
+    with pytest.raises(KernelUnavailableError, match='backend="reference"'):
+        torch.autograd.grad(adapter(x, x, [part], "silu").sum(), x, create_graph=True)
+
+
+def test_an_index_says_who_uses_what():
+    found = index_batch([1, 0, 1, -1], groups=3)
+    assert found.ids.tolist() == [1, 0, 1, -1] and found.order.tolist() == [3, 1, 0, 2]
+    assert found.ptr.tolist() == [1, 2, 4, 4] and found.counts == (1, 2, 0) and not found.complete
+    assert all(tensor.dtype == torch.int32 for tensor in found[:3])
+    made = index_on_device(torch.tensor([1, 0, 1, -1]), groups=3)
+    assert all(torch.equal(one, two) for one, two in zip(found[:3], made[:3], strict=True))
+    assert made.counts is None and made.spans is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "spans", "permuted"),
+    [
+        ([0, 0, 0], [(0, 1, 0, 3)], False),
+        ([0, 0, 1, 1, 2, 2], [(0, 3, 0, 2)], False),
+        ([0, 1, 2, 3], [(0, 4, 0, 1)], False),
+        ([-1, -1, 0, 1, 1], [(0, 1, 2, 1), (1, 1, 3, 2)], False),
+        ([1, 1, 0, 0], [(1, 1, 0, 2), (0, 1, 2, 2)], False),
+        ([0, 1, 0, 1], [(0, 2, 0, 2)], True),
+        ([0, -1, 0], [(0, 1, 1, 2)], True),
+        ([5, 4, 3, 2, 1, 0], [(0, 6, 0, 1)], True),
+    ],
+)
+def test_spans_are_slices_of_weights_and_samples(ids, spans, permuted):
+    found = index_batch(ids)
+    assert list(found.spans) == [Span(*span) for span in spans] and found.permuted == permuted
+
+
+def test_bad_arguments_are_refused_by_name():
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    part = draw_adapter(generator, [0, 1], 2, 4, 3)
+    for wrong, kind, name in (
+        (part._replace(up=part.up.detach()[:, :2]), KernelShapeError, r"adapters\[0\]\.up: expected shape \(2, 3, 4\)"),
+        (part._replace(down=part.down[0]), KernelShapeError, r"adapters\[0\]\.down"),
+        (part._replace(scale=part.scale.detach().view(1)), KernelShapeError, r"adapters\[0\]\.scale"),
+        (part._replace(up_bias=part.up_bias.float()), KernelDtypeError, r"adapters\[0\]\.up_bias.*float64"),
+        (part._replace(users=index_batch([0, 1, 1])), KernelShapeError, r"adapters\[0\]\.users: expected 2 samples"),
+        (part._replace(users=index_batch([0, 0])), KernelShapeError, r"adapters\[0\]\.users.*2 groups"),
+        (part._replace(gain=torch.ones(2, 3)), KernelShapeError, r"adapters\[0\]\.gain"),
+    ):
+        with pytest.raises(kind, match=name):
+            adapter(x, residual, [wrong], "relu")
+    with pytest.raises(KernelShapeError, match="residual"):
+        adapter(x, residual[:, :2], [part], "relu")
+    with pytest.raises(KernelShapeError, match="x: expected"):
+        adapter(x[0], residual, [part], "relu")
+    with pytest.raises(KernelShapeError, match=r"deltas\[0\]\.users"):
+        low_rank(x, residual, [SiteLowRank(part.down, part.up, index_batch([0]))])
+    for ids, message in (([0, 2], r"ids\[1\] is 2"), ([-2, 0], r"ids\[0\] is -2")):
+        with pytest.raises(KernelShapeError, match=message):
+            index_batch(ids, groups=2)
+    for lengths in ([1], [1, -1], torch.tensor([1, -1])):
+        with pytest.raises(KernelShapeError, match="lengths"):
+            index_batch([0, 1], lengths)
+
+
+def test_a_backend_that_cannot_run_the_call_is_never_replaced():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 8, generator=generator)
+    part = draw_adapter(generator, [0, 1], 2, 8, 3, torch.float32)
+    with pytest.raises(KernelUnavailableError, match="triton"):
+        adapter(x, x, [part], "relu", backend="triton")
+    normed = part._replace(gain=torch.ones(2, 8), shift=torch.zeros(2, 8))
+    with pytest.raises(KernelUnavailableError, match=r"adapters\[0\]\.gain"):
+        adapter(x, x, [normed], "relu", backend="torch")
+    with pytest.raises(KernelUnavailableError, match=r"adapters\[0\]\.users"):
+        on_device = part._replace(users=index_on_device(torch.tensor([0, 1]), 2))
+        adapter(x, x, [on_device], "relu", backend="torch")
+    with pytest.raises(ValueError, match="backend"):
+        adapter(x, x, [part], "relu", backend="cuda")
+
+
+def test_suites_name_cases_that_exist():
+    assert {name for names in SUITES.values() for name in names} <= {case.name for case in ADAPTER_CASES}
+
+
+def test_a_plan_counts_what_moves_and_says_what_runs():
+    case = ADAPTER_CASES[0]._replace(samples=2, tokens=3, size=8, bottleneck=2, hyper=5, sites=1, conditions=1)
+    wide, thin, made = 6 * 8, 6 * 2, 2 * 8 * 2 + 8 + 2
+    found = plan(case, rate=1e9)
+    assert found.backend == "torch" and found.flops == 12 * wide * 2 + 6 * made * 5
+    assert found.bytes == 4 * (8 * wide + 4 * thin + 6 * made + 3 * made * 5) and found.floor_s == found.bytes / 1e9
+    assert found.weight_bytes == 4 * (2 * made + thin)
+    assert plan(case, torch.bfloat16, "cuda").backend == "triton"
+    odd = plan(case._replace(size=9), torch.bfloat16, "cuda")
+    assert odd.backend == "reference" and "multiple of 8" in str(odd)

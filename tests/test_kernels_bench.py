@@ -1,0 +1,49 @@
+"""The benchmark of the ops says what it timed, and times nothing while the ops' tests are red."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "launch"))
+
+import bench_kernels
+
+
+def test_a_smoke_run_writes_a_line_for_every_system_with_ours_as_one(tmp_path, capsys):
+    out = tmp_path / "bench.jsonl"
+    bench_kernels.bench_kernels(
+        suite="smoke", out=str(out), rounds=1, peers="gather,loop_task", steps="tiny", tests=False
+    )
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {(line["case"], line["system"]) for line in lines} == {
+        ("tasks4_B64_S8_m64", "ours"),
+        ("tasks4_B64_S8_m64", "gather"),
+        ("tasks4_B64_S8_m64", "loop_task"),
+        ("images_B16_S8_m64", "ours"),
+        ("images_B16_S8_m64", "gather"),
+        *(("step tiny", system) for system in ("ours", "gather", "floor")),
+    }
+    for line in lines:
+        assert line["min"] <= line["median"] <= line["max"] and line["hardware"]
+        assert line["ratio"] == 1 or line["system"] != "ours"
+    assert "of the copy rate" in capsys.readouterr().out
+
+
+def test_red_tests_of_the_ops_stop_it(monkeypatch, capsys):
+    def red(*_, **__):
+        return type("Done", (), {"returncode": 1, "stdout": "1 failed"})
+
+    monkeypatch.setattr(bench_kernels.subprocess, "run", red)
+    with pytest.raises(ValueError, match="1 failed"):
+        bench_kernels.bench_kernels(suite="smoke")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("flag", ["suite", "peers", "steps"])
+def test_unknown_names_are_refused_with_those_that_exist(flag):
+    with pytest.raises(ValueError, match=f"--{flag}.*(allowed are|expected one of)"):
+        bench_kernels.bench_kernels(**{flag: "nothing"})
