@@ -7,14 +7,19 @@ error.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hyperpelt_ds.contracts import Branch, Tokens
 from hyperpelt_ds.kernels.adapter import SiteAdapter
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
-from hyperpelt_ds.kernels.prefix_attention import SitePrefix
+from hyperpelt_ds.kernels.prefix_attention import AnyPrefix, SitePrefix, Spread, spread, spread_of
+
+REMEMBERED = 4
+"""Results that `once` keeps: a decoder's layers take turns between two masks."""
 
 
 class Slot:
@@ -30,14 +35,36 @@ class Slot:
         self._adapters = [_by_site(branch.adapter) for branch in branches]
         self._deltas = [[_by_site(kind) for kind in branch.lora or ()] for branch in branches]
         self._rows: dict[tuple[int, int], Tensor] = {}
+        self._spreads: dict[tuple[int, int], Spread] = {}
+        self._decoding: dict[tuple[int, int], list[AnyPrefix]] = {}
+        self._remembered: list[tuple[Any, tuple[Any, ...], Any]] = []
 
-    def prefixes(self, site: int, batch: int) -> list[SitePrefix]:
-        """The prefixes of prefix site `site` for `batch` rows."""
-        return [
-            SitePrefix(rows=self._rows_for(number, batch), **sites[site])
+    def prefixes(self, site: int, batch: int, length: int) -> list[AnyPrefix]:
+        """The prefixes of prefix site `site` for `batch` rows of `length` queries.
+
+        One query a row is a token of many that are generated one after the other: what its prefixes are copied for is
+        then done at the first.
+        """
+        decoding = length == 1 and not torch.is_grad_enabled()
+        if decoding and (site, batch) in self._decoding:
+            return self._decoding[site, batch]
+        found: list[AnyPrefix] = [
+            SitePrefix(rows=self._rows_for(number, batch), spread=self._spread_for(number, batch, sites), **sites[site])
             for number, sites in enumerate(self._prefixes)
             if sites
         ]
+        if decoding:
+            found = self._decoding[site, batch] = [spread(prefix) for prefix in found]
+        return found
+
+    def once(self, make: Callable[..., Any], *given: Any) -> Any:
+        """make(*given), not made anew for the same objects until the next forward pass: a stack's layers share them."""
+        for made_by, made_from, result in self._remembered:
+            if made_by is make and all(one is two for one, two in zip(made_from, given, strict=True)):
+                return result
+        result = make(*given)
+        self._remembered = [*self._remembered[1 - REMEMBERED :], (make, given, result)]
+        return result
 
     def adapters(self, site: int, batch: int) -> list[SiteAdapter]:
         """The adapters of adapter site `site` for `batch` rows."""
@@ -63,6 +90,16 @@ class Slot:
             assert rest == 0, f"{batch} rows do not divide into {len(rows)} samples"
             self._rows[number, batch] = rows if beams == 1 else rows.repeat_interleave(beams)
         return self._rows[number, batch]
+
+    def _spread_for(self, number: int, batch: int, sites: list[dict[str, Any]]) -> Spread:
+        """How a branch's conditions come to samples; a sample's beams share what is copied for it."""
+        if (number, batch) not in self._spreads:
+            rows = self._samples[number]
+            index, missing = spread_of(rows, len(next(iter(sites[0].values()))))
+            if missing is not None:
+                missing = missing.repeat_interleave(batch // len(rows))
+            self._spreads[number, batch] = Spread(index, missing)
+        return self._spreads[number, batch]
 
 
 def _by_site(module: Any) -> list[dict[str, Any]]:
