@@ -22,6 +22,7 @@ from transformers import (
 
 from hyperpelt_ds.backbones import attention, bart, hooks, llama, t5
 from hyperpelt_ds.backbones.family import Family
+from hyperpelt_ds.backbones.prefix_form import Form
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import ModelConfig, ModulesConfig
 from hyperpelt_ds.contracts import Branch, Weights
@@ -42,7 +43,9 @@ class Backbone:
         tokenizer: PreTrainedTokenizerBase | None,
         modules: ModulesConfig | None = None,
         trainable: bool = False,
+        prefix_form: Form = "auto",
     ):
+        self.prefix_form = prefix_form
         self.model, self.tokenizer, self.trainable = model, tokenizer, trainable
         self.modules = modules if modules is not None else ModulesConfig()
         self.slot = Slot()
@@ -113,7 +116,7 @@ class Backbone:
         input_ids, attention_mask (B, T); labels padded with -100. With `targets` (N,), places in labels.flatten(),
         only their logits are made: (N, vocabulary). Without weights this is the plain model.
         """
-        self._load(weights)
+        self._load(weights, input_ids.shape[1], labels.shape[1])
         sources, mask = self._sources(input_ids, attention_mask)
         inputs, places = self._family.layout.with_labels(self.model, sources, mask, labels)
         if targets is not None:
@@ -142,7 +145,7 @@ class Backbone:
         """
         if num_beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {num_beams}")
-        self._load(weights)
+        self._load(weights, input_ids.shape[1], 1)
         generated = self.model.generate(
             **self._family.layout.prompt(*self._sources(input_ids, attention_mask)),
             max_new_tokens=max_new_tokens,
@@ -164,12 +167,18 @@ class Backbone:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _load(self, weights: Weights | None) -> None:
+    def _load(self, weights: Weights | None, source: int, target: int) -> None:
+        """Puts `weights` in their places, for sources and targets (or parts of them) of so many tokens."""
         branches = weights.branches if weights is not None else ()
         tokens = weights.tokens if weights is not None else None
+        source += tokens.values.shape[1] if tokens is not None else 0
+        lengths = [source + target if self.one_sequence else source if site.block.in_encoder else target
+                   for site in self.geometry.prefix_sites]  # fmt: skip
         self.slot.set(
             tuple(Branch(b.rows, *(_cast(part, self.dtype) for part in b[1:])) for b in branches),
             tokens._replace(values=tokens.values.to(self.dtype)) if tokens is not None else None,
+            lengths,
+            self.prefix_form,
         )
         self._set_norms(weights.norms if weights is not None else None)
 
@@ -262,7 +271,7 @@ def load_backbone(config: ModelConfig, modules: ModulesConfig | None = None) -> 
         raise ValueError(f"model.backbone: cannot load {where!r}: {str(error).splitlines()[0]}") from error
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Backbone(model, tokenizer, modules, config.train_backbone)
+    return Backbone(model, tokenizer, modules, config.train_backbone, config.prefix_form)
 
 
 def random_model(model_type: str, **fields: Any) -> Any:

@@ -7,16 +7,17 @@ error.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hyperpelt_ds.backbones.prefix_form import Form, by_site
 from hyperpelt_ds.contracts import Branch, Tokens
 from hyperpelt_ds.kernels.adapter import SiteAdapter
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
-from hyperpelt_ds.kernels.prefix_attention import AnyPrefix, SitePrefix, Spread, spread, spread_of
+from hyperpelt_ds.kernels.prefix_attention import AnyPrefix, Spread, spread, spread_of
 
 REMEMBERED = 4
 """Results that `once` keeps: a decoder's layers take turns between two masks."""
@@ -28,10 +29,13 @@ class Slot:
     def __init__(self) -> None:
         self.set((), None)
 
-    def set(self, branches: tuple[Branch, ...], tokens: Tokens | None) -> None:
+    def set(
+        self, branches: tuple[Branch, ...], tokens: Tokens | None, lengths: Sequence[int] = (), form: Form = "auto"
+    ) -> None:
+        """`lengths` are the queries that a sample has at each prefix site at a time, `form` how prefixes are used."""
         self.tokens = tokens
         self._samples = [branch.rows for branch in branches]
-        self._prefixes = [_by_site(branch.prefix) for branch in branches]
+        self._prefixes = [by_site(branch.prefix, branch.rows, lengths, form) for branch in branches]
         self._adapters = [_by_site(branch.adapter) for branch in branches]
         self._deltas = [[_by_site(kind) for kind in branch.lora or ()] for branch in branches]
         self._rows: dict[tuple[int, int], Tensor] = {}
@@ -49,7 +53,7 @@ class Slot:
         if decoding and (site, batch) in self._decoding:
             return self._decoding[site, batch]
         found: list[AnyPrefix] = [
-            SitePrefix(rows=self._rows_for(number, batch), spread=self._spread_for(number, batch, sites), **sites[site])
+            sites[site]._replace(rows=self._rows_for(number, batch), spread=self._spread_for(number, batch, sites))
             for number, sites in enumerate(self._prefixes)
             if sites
         ]
@@ -91,11 +95,11 @@ class Slot:
             self._rows[number, batch] = rows if beams == 1 else rows.repeat_interleave(beams)
         return self._rows[number, batch]
 
-    def _spread_for(self, number: int, batch: int, sites: list[dict[str, Any]]) -> Spread:
+    def _spread_for(self, number: int, batch: int, sites: list[AnyPrefix]) -> Spread:
         """How a branch's conditions come to samples; a sample's beams share what is copied for it."""
         if (number, batch) not in self._spreads:
             rows = self._samples[number]
-            index, missing = spread_of(rows, len(next(iter(sites[0].values()))))
+            index, missing = spread_of(rows, len(sites[0][0]))
             if missing is not None:
                 missing = missing.repeat_interleave(batch // len(rows))
             self._spreads[number, batch] = Spread(index, missing)

@@ -38,7 +38,11 @@ def merged(
         first = prefix[:2] if isinstance(prefix, SitePrefix) else prefix[:3]
         parts += [part.to(query.dtype) for part in first] + [None] * (3 - len(first))
         parts += [prefix.offset, cast(Spread, prefix.spread).missing]
-    return cast(Tensor, _Merged.apply(query, key, value, bias, scale, *parts)).transpose(1, 2)
+    if bias is not None:
+        bias = bias.expand(*query.shape[:2], -1, -1)
+    if torch.is_grad_enabled():
+        return cast(Tensor, _Merged.apply(query, key, value, bias, scale, *parts)).transpose(1, 2)
+    return _join(query, key, value, bias, scale, parts)[0].transpose(1, 2)
 
 
 class _Merged(torch.autograd.Function):
@@ -46,23 +50,8 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Any, scale: float, *parts: Any) -> Tensor:
-        if bias is not None:
-            bias = bias.expand(*query.shape[:2], -1, -1)
-        real, logs = FORWARD(query, key, value, attn_mask=bias, scale=scale)
-        output, logs = real.transpose(1, 2), logs.transpose(1, 2)
-        for first, second, third, offset, missing in _each(parts):
-            if third is None:
-                own, own_logs = _attend(query, first, second, scale)
-            else:
-                own, own_logs = absorbed.forward(query, first, second, third, scale)
-            if offset is not None:
-                own_logs = own_logs + offset
-            if missing is not None:
-                own_logs = own_logs.masked_fill(missing.view(-1, 1, 1), -math.inf)
-            share = torch.sigmoid(own_logs - logs).unsqueeze(-1)
-            output = torch.lerp(output.to(share.dtype), own.to(share.dtype), share)
-            logs = torch.logaddexp(own_logs, logs)
-        output = output.to(query.dtype).contiguous()
+        output, logs = _join(query, key, value, bias, scale, parts)
+        output = output.contiguous()
         ctx.save_for_backward(query, key, value, bias, output, logs, *parts)
         ctx.scale = scale
         return output
@@ -95,6 +84,27 @@ class _Merged(torch.autograd.Function):
             dquery = dquery + own
             dparts += [*rest, None if offset is None else pull.sum().to(offset.dtype), None]
         return dquery.transpose(1, 2), dkey, dvalue, None, None, *dparts
+
+
+def _join(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, parts: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
+    """The joint output (B, T, H, d) of type query.dtype, and the log of the joint sum (B, T, H)."""
+    real, logs = FORWARD(query, key, value, attn_mask=bias, scale=scale)
+    output, logs = real.transpose(1, 2), logs.transpose(1, 2)
+    for first, second, third, offset, missing in _each(parts):
+        if third is None:
+            own, own_logs = _attend(query, first, second, scale)
+        else:
+            own, own_logs = absorbed.forward(query, first, second, third, scale)
+        if offset is not None:
+            own_logs = own_logs + offset
+        if missing is not None:
+            own_logs = own_logs.masked_fill(missing.view(-1, 1, 1), -math.inf)
+        share = torch.sigmoid(own_logs - logs).unsqueeze(-1)
+        output = torch.lerp(output.to(share.dtype), own.to(share.dtype), share)
+        logs = torch.logaddexp(own_logs, logs)
+    return output.to(query.dtype), logs
 
 
 def _each(parts: Sequence[Any]) -> list[Sequence[Any]]:
