@@ -99,10 +99,10 @@ class Slot:
         """How a branch's conditions come to samples; a sample's beams share what is copied for it."""
         if (number, batch) not in self._spreads:
             rows = self._samples[number]
-            index, missing = spread_of(rows, len(sites[0][0]))
+            condition, missing = spread_of(rows, len(sites[0][0]))
             if missing is not None:
                 missing = missing.repeat_interleave(batch // len(rows))
-            self._spreads[number, batch] = Spread(index, missing)
+            self._spreads[number, batch] = Spread(condition, missing)
         return self._spreads[number, batch]
 
 

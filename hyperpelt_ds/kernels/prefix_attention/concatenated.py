@@ -28,7 +28,8 @@ def concatenated(
     """As `prefix_attention`, with `bias` (B or 1, H or 1, T, T') all that is added to the scores of real keys."""
     batch, heads, length, size = key.shape
     parts = [cast(SitePrefix, spread(prefix)) for prefix in prefixes]
-    keys, values = [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     for part in parts:
         for made, rows in ((keys, part.keys), (values, part.values)):
             split = rows.unflatten(-1, (heads, size)).transpose(1, 2).to(key.dtype)

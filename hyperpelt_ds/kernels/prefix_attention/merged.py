@@ -25,7 +25,7 @@ from hyperpelt_ds.kernels.prefix_attention.records import AnyPrefix, SitePrefix,
 FORWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FIELDS = 5
-"""Tensors that a prefix is given to autograd as: keys, values and nothing, or rows, weight and bias; offset, missing."""
+"""A prefix as autograd sees it: keys, values and nothing, or rows, weight and bias; then offset and missing."""
 
 
 def merged(
@@ -74,15 +74,16 @@ class _Merged(torch.autograd.Function):
                 own_logs = own_logs.masked_fill(missing.view(-1, 1, 1), math.inf)
             if third is None:
                 own, *rest = _attend_backward(gradient, query, first, second, output, own_logs, scale)
-                pull = None
+                dparts += [*rest, None]
+                pull = delta
                 if offset is not None:  # the kernel keeps to itself by how much all scores of a query are pulled
                     mean, sums = _attend(query, first, second, scale)
                     pull = (sums - own_logs).exp() * ((gradient * mean).sum(-1) - delta)
-                rest.append(None)
             else:
                 own, *rest, pull = absorbed.backward(gradient, query, first, second, third, delta, own_logs, scale)
+                dparts += rest
+            dparts += [None if offset is None else pull.sum().to(offset.dtype), None]
             dquery = dquery + own
-            dparts += [*rest, None if offset is None else pull.sum().to(offset.dtype), None]
         return dquery.transpose(1, 2), dkey, dvalue, None, None, *dparts
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 class Spread(NamedTuple):
     """How the prefixes of C conditions come to B samples, told once for all sites.
 
-    index (B,) int64 names the condition of each sample; None if every condition serves B / C samples, in order, so that
-    nothing has to be copied. missing (B,) bool are samples without a prefix; None if there are none.
+    condition (B,) int64 is that of each sample; None if every condition serves B / C samples, in order, so that nothing
+    has to be copied. missing (B,) bool are samples without a prefix; None if there are none.
     """
 
-    index: Tensor | None
+    condition: Tensor | None
     missing: Tensor | None
 
 
@@ -67,15 +67,15 @@ def spread_of(rows: Tensor, conditions: int) -> Spread:
 
 
 def spread(prefix: AnyPrefix) -> AnyPrefix:
-    """The prefix with a row for each sample where conditions are not in the samples' order: index None from here on.
+    """The prefix with conditions copied to samples where they are not in the samples' order, so that they are now.
 
-    For generation, which comes back at every token.
+    Done before, for generation, which comes back at every token; `spread.condition` is then None.
     """
     known = prefix.spread if prefix.spread is not None else spread_of(prefix.rows, prefix[0].shape[0])
-    if known.index is None:
+    if known.condition is None:
         return prefix._replace(spread=known)
-    after = known._replace(index=None)
+    after = known._replace(condition=None)
     if isinstance(prefix, SiteRows):
-        return prefix._replace(hyper=prefix.hyper.index_select(0, known.index), spread=after)
-    keys, values = (part.index_select(0, known.index) for part in prefix[:2])
+        return prefix._replace(hyper=prefix.hyper.index_select(0, known.condition), spread=after)
+    keys, values = (part.index_select(0, known.condition) for part in prefix[:2])
     return prefix._replace(keys=keys, values=values, spread=after)
