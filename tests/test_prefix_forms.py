@@ -100,11 +100,11 @@ def test_auto_absorbs_where_a_batch_has_fewer_queries_than_its_conditions_have_r
     def kinds(lengths: list[int], form: str = "auto") -> list[type]:
         return [type(prefix) for prefix in by_site(rows, samples, lengths, form)]
 
-    assert kinds([4, 5, 1]) == [SiteRows, SitePrefix, SiteRows]
+    assert kinds([3, 4, 1]) == [SiteRows, SitePrefix, SiteRows]
     assert kinds([5, 5, 5]) == [SitePrefix] * 3
-    assert kinds([4, 5, 1], "materialised") == [SitePrefix] * 3
-    assert kinds([4, 5, 1], "absorbed") == [SiteRows] * 3
-    mixed, made = by_site(rows, samples, [4, 5, 1], "auto"), rows.materialised()
+    assert kinds([3, 4, 1], "materialised") == [SitePrefix] * 3
+    assert kinds([3, 4, 1], "absorbed") == [SiteRows] * 3
+    mixed, made = by_site(rows, samples, [3, 4, 1], "auto"), rows.materialised()
     assert torch.allclose(mixed[1].keys, made.keys[1]) and torch.allclose(mixed[1].values, made.values[1])
 
 

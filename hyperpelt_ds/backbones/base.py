@@ -22,7 +22,7 @@ from transformers import (
 
 from hyperpelt_ds.backbones import attention, bart, hooks, llama, t5
 from hyperpelt_ds.backbones.family import Family
-from hyperpelt_ds.backbones.prefix_form import Form
+from hyperpelt_ds.backbones.prefix_form import TOKEN_ALONE, Form
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import ModelConfig, ModulesConfig
 from hyperpelt_ds.contracts import Branch, Weights
@@ -145,7 +145,7 @@ class Backbone:
         """
         if num_beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {num_beams}")
-        self._load(weights, input_ids.shape[1], 1)
+        self._load(weights, input_ids.shape[1], TOKEN_ALONE * num_beams)
         generated = self.model.generate(
             **self._family.layout.prompt(*self._sources(input_ids, attention_mask)),
             max_new_tokens=max_new_tokens,

@@ -6,8 +6,12 @@ gradients are products of whole matrices. q . b_k is the same for every row and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+FORWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def forward(query: Tensor, hyper: Tensor, weight: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -18,10 +22,9 @@ def forward(query: Tensor, hyper: Tensor, weight: Tensor, bias: Tensor, scale: f
     maps, key_bias, value_bias = _by_head(weight, bias, query)
     each = query.transpose(1, 2)
     turned = _by(each, maps[0])
-    scores = _wide(torch.bmm(_rows(turned, hyper), hyper.mT)).mul_(scale)
-    sums = scores.logsumexp(-1, keepdim=True)
-    mean = torch.bmm(scores.sub_(sums).exp_().to(hyper.dtype), hyper).view(turned.shape)
-    output = _by(mean, maps[1].mT) + value_bias
+    rows = hyper.unsqueeze(1)
+    mean, sums = FORWARD(_rows(turned, hyper).unsqueeze(1), rows, rows, scale=scale)
+    output = _by(mean.reshape(turned.shape), maps[1].mT) + value_bias
     return output, sums.view(turned.shape[:3]) + scale * _wide(each * key_bias).sum(-1)
 
 
