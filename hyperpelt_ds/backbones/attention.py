@@ -6,7 +6,7 @@ and for an unpadded decoder the mask would be None with causality left to a flag
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,10 @@ def _attention(
     cells = slot.tokens.values.shape[1] if sees_images and slot.tokens is not None else 0
     prefixes = slot.prefixes(place, query.shape[0], query.shape[2]) if place is not None else []
     bias = _added(slot, attention_mask, position_bias, cells, query.dtype)
+    if prefixes and query.shape[2] == 1 and not torch.is_grad_enabled():
+        key, value, columns, prefixes = slot.joined(cast(int, place), key, value, prefixes)
+        if columns and bias is not None:
+            bias = slot.once(_beside, bias, columns)
     output = prefix_attention(query, key, value, prefixes, None, bias, scale, dropout)
     return output.transpose(1, 2).contiguous(), None
 
@@ -61,6 +65,11 @@ def _scores(mask: Tensor | None, bias: Tensor | None, cells: int, dtype: torch.d
     if bias is not None and cells:
         bias = _between_words(bias, cells)
     return score_bias(mask, bias, dtype)
+
+
+def _beside(bias: Tensor, columns: int) -> Tensor:
+    """What is added to scores, with nothing added to those of `columns` prefix rows that now stand before."""
+    return F.pad(bias, (columns, 0))
 
 
 def _between_words(bias: Tensor, cells: int) -> Tensor:

@@ -159,6 +159,7 @@ class Backbone:
             do_sample=False,
             logits_processor=LogitsProcessorList([_Without(self.forbidden)]),
         )
+        self.slot.forget()
         return cast(Tensor, generated)
 
     def decode(self, ids: Tensor) -> list[str]:

@@ -17,7 +17,7 @@ from hyperpelt_ds.backbones.prefix_form import Form, by_site
 from hyperpelt_ds.contracts import Branch, Tokens
 from hyperpelt_ds.kernels.adapter import SiteAdapter
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
-from hyperpelt_ds.kernels.prefix_attention import AnyPrefix, Spread, spread, spread_of
+from hyperpelt_ds.kernels.prefix_attention import AnyPrefix, SitePrefix, Spread, join, spread, spread_of
 
 REMEMBERED = 4
 """Results that `once` keeps: a decoder's layers take turns between two masks."""
@@ -40,8 +40,7 @@ class Slot:
         self._deltas = [[_by_site(kind) for kind in branch.lora or ()] for branch in branches]
         self._rows: dict[tuple[int, int], Tensor] = {}
         self._spreads: dict[tuple[int, int], Spread] = {}
-        self._decoding: dict[tuple[int, int], list[AnyPrefix]] = {}
-        self._remembered: list[tuple[Any, tuple[Any, ...], Any]] = []
+        self.forget()
 
     def prefixes(self, site: int, batch: int, length: int) -> list[AnyPrefix]:
         """The prefixes of prefix site `site` for `batch` rows of `length` queries.
@@ -60,6 +59,31 @@ class Slot:
         if decoding:
             found = self._decoding[site, batch] = [spread(prefix) for prefix in found]
         return found
+
+    def joined(
+        self, site: int, key: Tensor, value: Tensor, prefixes: list[AnyPrefix]
+    ) -> tuple[Tensor, Tensor, int, list[AnyPrefix]]:
+        """key and value (B, H, T', d) at a token of many, with those prefixes in front that can be; how many rows these
+        have; and the other prefixes.
+
+        Where a call brings the very tensors of the one before, as attention to an encoder does, the copy is made once.
+        """
+        known, made = self._joined.get(site, (None, None))
+        if known is not key:
+            self._joined[site] = (key, None)
+            return key, value, 0, prefixes
+        if made is None:
+            plain = [p for p in prefixes if isinstance(p, SitePrefix) and p.offset is None and _serves_all(p)]
+            rest = [prefix for prefix in prefixes if not any(prefix is other for other in plain)]
+            made = (*join(key, value, plain), sum(prefix.keys.shape[1] for prefix in plain), rest)
+            self._joined[site] = (key, made)
+        return made
+
+    def forget(self) -> None:
+        """Lets go of what was kept for one generation."""
+        self._decoding: dict[tuple[int, int], list[AnyPrefix]] = {}
+        self._joined: dict[int, tuple[Any, Any]] = {}
+        self._remembered: list[tuple[Any, tuple[Any, ...], Any]] = []
 
     def once(self, make: Callable[..., Any], *given: Any) -> Any:
         """make(*given), not made anew for the same objects until the next forward pass: a stack's layers share them."""
@@ -104,6 +128,10 @@ class Slot:
                 missing = missing.repeat_interleave(batch // len(rows))
             self._spreads[number, batch] = Spread(condition, missing)
         return self._spreads[number, batch]
+
+
+def _serves_all(prefix: AnyPrefix) -> bool:
+    return prefix.spread is not None and prefix.spread.missing is None
 
 
 def _by_site(module: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperpelt_ds.kernels.prefix_attention.checks import check
-from hyperpelt_ds.kernels.prefix_attention.concatenated import concatenated
+from hyperpelt_ds.kernels.prefix_attention.concatenated import concatenated, join
 from hyperpelt_ds.kernels.prefix_attention.explicit import explicit
 from hyperpelt_ds.kernels.prefix_attention.merged import merged
 from hyperpelt_ds.kernels.prefix_attention.records import (
@@ -33,6 +33,7 @@ __all__ = [
     "Spread",
     "concatenated",
     "explicit",
+    "join",
     "merged",
     "prefix_attention",
     "reference",

@@ -26,8 +26,16 @@ def concatenated(
     dropout: float,
 ) -> Tensor:
     """As `prefix_attention`, with `bias` (B or 1, H or 1, T, T') all that is added to the scores of real keys."""
-    batch, heads, length, size = key.shape
     parts = [cast(SitePrefix, spread(prefix)) for prefix in prefixes]
+    added = _added(parts, bias, query, key.shape[2])
+    grouped = query.shape[1] != key.shape[1]
+    key, value = join(key, value, parts)
+    return F.scaled_dot_product_attention(query, key, value, added, dropout, scale=scale, enable_gqa=grouped)
+
+
+def join(key: Tensor, value: Tensor, parts: Sequence[SitePrefix]) -> tuple[Tensor, Tensor]:
+    """The keys and values of prefixes that are spread, and after them key and value (B, H, T', d)."""
+    batch, heads, _, size = key.shape
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for part in parts:
@@ -35,15 +43,7 @@ def concatenated(
             split = rows.unflatten(-1, (heads, size)).transpose(1, 2).to(key.dtype)
             each = batch // len(split)
             made.append(split.repeat_interleave(each, 0) if 1 < each < batch else split.expand(batch, -1, -1, -1))
-    return F.scaled_dot_product_attention(
-        query,
-        torch.cat([*keys, key], dim=2),
-        torch.cat([*values, value], dim=2),
-        _added(parts, bias, query, length),
-        dropout,
-        scale=scale,
-        enable_gqa=query.shape[1] != heads,
-    )
+    return torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
 
 
 def _added(parts: Sequence[SitePrefix], bias: Tensor | None, query: Tensor, length: int) -> Tensor | None:

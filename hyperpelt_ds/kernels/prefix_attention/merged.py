@@ -42,7 +42,7 @@ def merged(
         bias = bias.expand(*query.shape[:2], -1, -1)
     if torch.is_grad_enabled():
         return cast(Tensor, _Merged.apply(query, key, value, bias, scale, *parts)).transpose(1, 2)
-    return _join(query, key, value, bias, scale, parts)[0].transpose(1, 2)
+    return _join(query, key, value, bias, scale, parts, alone=True)[0].transpose(1, 2)
 
 
 class _Merged(torch.autograd.Function):
@@ -89,9 +89,16 @@ class _Merged(torch.autograd.Function):
 
 
 def _join(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, parts: Sequence[Any]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    parts: Sequence[Any],
+    alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The joint output (B, T, H, d) of type query.dtype, and the log of the joint sum (B, T, H)."""
+    """The joint output (B, T, H, d) of type query.dtype, and unless it is all that is wanted, the log of the joint sum
+    (B, T, H)."""
     real, logs = FORWARD(query, key, value, attn_mask=bias, scale=scale)
     output, logs = real.transpose(1, 2), logs.transpose(1, 2)
     for first, second, third, offset, missing in _each(parts):
@@ -105,7 +112,8 @@ def _join(
             own_logs = own_logs.masked_fill(missing.view(-1, 1, 1), -math.inf)
         share = torch.sigmoid(own_logs - logs).unsqueeze(-1)
         output = torch.lerp(output.to(share.dtype), own.to(share.dtype), share)
-        logs = torch.logaddexp(own_logs, logs)
+        if not alone or len(parts) > FIELDS:
+            logs = torch.logaddexp(own_logs, logs)
     return output.to(query.dtype), logs
 
 
