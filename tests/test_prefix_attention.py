@@ -254,6 +254,27 @@ def test_a_bias_that_is_trained_gets_its_gradient(form):
     assert torch.allclose(*gradients, atol=1e-12)
 
 
+def test_absorbed_rows_never_become_keys_and_values():
+    """At most scores and rows are held for the backward pass: nothing of a condition's size that is a head wide."""
+    generator = torch.Generator().manual_seed(0)
+    samples, columns, hyper, heads, size = 3, 40, 4, 4, 8
+    query, key, value = (torch.randn(samples, heads, 2, size, generator=generator).requires_grad_() for _ in range(3))
+    maps = ((samples, columns, hyper), (2 * heads * size, hyper), (2 * heads * size,))
+    prefix = SiteRows(*(torch.randn(shape, generator=generator) for shape in maps), torch.arange(samples))
+    prefix = prefix._replace(hyper=prefix.hyper.requires_grad_(), weight=prefix.weight.requires_grad_())
+    largest = {}
+    for dropout in (0.0, 0.1):  # both ways that absorb
+        for name, part in (("absorbed", prefix), ("materialised", prefix.materialised())):
+            held: list[int] = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, held=held: held.append(t.numel()) or t, lambda t: t
+            ):
+                prefix_attention(query, key, value, [part], None, None, 1.0, dropout)
+            largest[name, dropout] = max(held)
+    for dropout in (0.0, 0.1):
+        assert largest["absorbed", dropout] < samples * columns * heads * size <= largest["materialised", dropout]
+
+
 def test_conditions_in_order_are_not_copied_and_others_are_once():
     assert spread_of(torch.tensor([0, 0, 1, 1]), 2) == Spread(None, None)
     assert spread_of(torch.zeros(3, dtype=torch.long), 1) == Spread(None, None)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from hyperpelt_ds.backbones import Backbone
 from hyperpelt_ds.backbones.prefix_form import by_site
+from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.contracts import Batch, Prefix, PrefixRows
+from hyperpelt_ds.contracts import Batch, Branch, Prefix, PrefixRows
 from hyperpelt_ds.hypernet import HyperNetwork
-from hyperpelt_ds.kernels.prefix_attention import SitePrefix, SiteRows
+from hyperpelt_ds.kernels.prefix_attention import SitePrefix, SiteRows, prefix_attention
 from hyperpelt_ds.model import HyperPELT
 
 FORMS = ("materialised", "absorbed", "auto")
@@ -106,6 +107,28 @@ def test_auto_absorbs_where_a_batch_has_fewer_queries_than_its_conditions_have_r
     assert kinds([3, 4, 1], "absorbed") == [SiteRows] * 3
     mixed, made = by_site(rows, samples, [3, 4, 1], "auto"), rows.materialised()
     assert torch.allclose(mixed[1].keys, made.keys[1]) and torch.allclose(mixed[1].values, made.values[1])
+
+
+def test_in_generation_keys_that_come_again_are_joined_with_their_prefix_once():
+    prefix = Prefix(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
+    rows = PrefixRows(torch.randn(1, 2, 4, 5), torch.randn(1, 16, 5), torch.randn(1, 16))
+    some = torch.tensor([1, -1])
+    slot = Slot()
+    branches = [Branch(torch.tensor([1, 0]), prefix, None), Branch(some, prefix, None), Branch(some, rows, None)]
+    slot.set(tuple(branches), None, [1], "absorbed")
+    with torch.no_grad():
+        prefixes = slot.prefixes(0, 2, 1)
+        assert slot.prefixes(0, 2, 1) is prefixes
+        key, value = torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 4)
+        assert slot.joined(0, key, value, prefixes) == (key, value, 0, prefixes)
+        longer, values, columns, rest = slot.joined(0, key, value, prefixes)
+        assert (longer.shape, values.shape, columns) == ((2, 2, 9, 4), (2, 2, 9, 4), 3)
+        assert rest == prefixes[1:]  # one has samples without it, the other no keys
+        expected = prefix_attention(key, key, value, prefixes, None, None, 0.5)
+        bias = torch.zeros(1, 1, 6, 9)
+        assert torch.allclose(prefix_attention(key, longer, values, rest, None, bias, 0.5), expected, atol=1e-6)
+        assert slot.joined(0, key, value, prefixes)[0] is longer
+        assert slot.joined(0, key.clone(), value, prefixes)[2] == 0  # beams that changed places
 
 
 @pytest.mark.parametrize("form", FORMS)

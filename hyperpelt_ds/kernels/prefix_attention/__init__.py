@@ -105,7 +105,9 @@ def score_bias(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> 
     """
     lowest = torch.finfo(dtype).min
     if bias is not None:
-        return bias.to(dtype) if mask is None else bias.to(dtype).masked_fill(~mask, lowest)
+        if bias.dtype != dtype:
+            bias = bias.to(dtype).clamp(min=lowest)  # what is lowest in one type may be minus infinity in another
+        return bias if mask is None else bias.masked_fill(~mask, lowest)
     if mask is None:
         return None
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
