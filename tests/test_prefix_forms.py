@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -147,3 +148,19 @@ def test_a_run_is_told_its_form_and_learns_from_batches_without_images_too(form)
         model.zero_grad()
         model(batch._replace(samples=samples)).loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_the_same_from_absorbed_prefixes_whose_map_zero_3_takes_away(train_many, config, tmp_path):
+    jobs = {
+        name: (config.override([f"model.prefix_form={form}"]), f"ds_configs/zero{stage}_cpu.json", tmp_path / name)
+        for name, form, stage in (("made", "materialised", 2), ("two", "absorbed", 2), ("three", "absorbed", 3))
+    }
+    train_many(jobs)
+    losses = {}
+    for name in jobs:
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses[name] = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses["made"]) > 5
+    assert losses["two"] == pytest.approx(losses["made"], rel=1e-5)
+    assert losses["three"] == pytest.approx(losses["two"], rel=1e-6)
