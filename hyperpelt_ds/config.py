@@ -31,6 +31,9 @@ class ModelConfig:
     """Full fine-tuning: the backbone itself is trained, inside the engine, and is in every checkpoint."""
     activation_checkpointing: bool = False
     """Recompute the backbone's layers in the backward pass (non-reentrant)."""
+    prefix_form: Literal["auto", "materialised", "absorbed"] = "auto"
+    """How attention uses generated prefixes: as keys and values that are made for each condition, or as the rows that
+    these would be made from, with the map taken into query and output. Same results; `auto` takes what costs less."""
 
 
 PREFIX_BLOCKS = Literal["encoder_self", "decoder_self", "decoder_cross"]

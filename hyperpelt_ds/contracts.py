@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TRAIN, VALIDATION = "train", "validation"
@@ -117,6 +118,29 @@ class Prefix(NamedTuple):
     offset: Tensor | None = None
 
 
+class PrefixRows(NamedTuple):
+    """A Prefix before it is made: keys and values are the halves of rows weight^T + bias.
+
+    rows (S, C, P, E). weight (1 or S, 2K, E) and bias (1 or S, 2K): one map for all sites, or one each. Where every
+    sample has its own condition this is E / 2K of the memory, and attention can do with it alone.
+    """
+
+    rows: Tensor
+    weight: Tensor
+    bias: Tensor
+    offset: Tensor | None = None
+
+    def materialised(self) -> Prefix:
+        """Keys and values, each (S, C, P, K), of all sites in one product."""
+        if len(self.weight) == 1:
+            made = F.linear(self.rows, self.weight[0], self.bias[0])
+        else:
+            flat = torch.baddbmm(self.bias.unsqueeze(1), self.rows.flatten(1, 2), self.weight.mT)
+            made = flat.unflatten(1, self.rows.shape[1:3])
+        keys, values = made.chunk(2, dim=-1)
+        return Prefix(keys, values, self.offset)
+
+
 class Adapter(NamedTuple):
     """Bottleneck adapters: y += scale * norm(act(x down + down_bias) up + up_bias).
 
@@ -148,7 +172,7 @@ class Branch(NamedTuple):
     """
 
     rows: Tensor
-    prefix: Prefix | None
+    prefix: Prefix | PrefixRows | None
     adapter: Adapter | None
     lora: tuple[LowRank, ...] | None = None
 

@@ -108,6 +108,7 @@ def _live(run_dir: Path, task: str, image: str | Path | None, format: str, task_
         raise ValueError(f"task {task!r}: {run_dir} makes no weights for it without an image")
     generation = copy.deepcopy(backbone.model.generation_config)
     generation.max_new_tokens = config.data.max_target_length
+    generation.suppress_tokens = backbone.forbidden or None
     facts = _facts(run, run_dir, task, image)
     return Live(tensors, facts, generation, type(backbone.model), batch, logits, asked)
 

@@ -56,6 +56,7 @@ class HyperPELT(nn.Module):
             config.hypernet, config.modules, backbone.geometry, available, backbone.initial_norms, config.vision.tokens
         )
         self.tasks = tuple(tasks)
+        self.prefix_rows = backbone.prefix_form != "materialised"
         self.label_smoothing = config.train.label_smoothing
         self.backbone = backbone  # no nn.Module, so registration does not see its parameters
         self.trained_backbone = backbone.model if backbone.trainable else None
@@ -98,7 +99,7 @@ class HyperPELT(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """The loss of a batch: sum over samples of loss_weights x mean cross-entropy of the sample's target."""
-        weights: Weights = self.hypernet(batch)
+        weights: Weights = self.hypernet(batch, self.prefix_rows)
         used, idle = self._split(weights, batch)
         logits = self.backbone.forward(used, batch.input_ids, batch.attention_mask, batch.labels, batch.targets)
         real_losses = F.cross_entropy(
@@ -117,7 +118,7 @@ class HyperPELT(nn.Module):
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, num_beams: int = 1) -> Tensor:
         """Token ids (B, at most 1 + max_new_tokens); the hypernetwork runs exactly once, whatever is decoded."""
-        used, _ = self._split(self.hypernet(batch), batch)
+        used, _ = self._split(self.hypernet(batch, self.prefix_rows), batch)
         return self.backbone.generate(used, batch.input_ids, batch.attention_mask, max_new_tokens, num_beams)
 
     def _split(self, weights: Weights, batch: Batch) -> tuple[Weights, list[Any]]:

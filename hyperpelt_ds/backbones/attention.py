@@ -6,15 +6,16 @@ and for an unpadded decoder the mask would be None with causality left to a flag
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from hyperpelt_ds.backbones.slot import Slot
-from hyperpelt_ds.kernels import prefix_attention
+from hyperpelt_ds.kernels.prefix_attention import prefix_attention, score_bias
 
 NAME = "hyperpelt"
 
@@ -40,11 +41,35 @@ def _attention(
 ) -> tuple[Tensor, None]:
     slot, place, sees_images = module.__dict__["hyperpelt_site"]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if position_bias is not None and sees_images and slot.tokens is not None:
-        position_bias = _between_words(position_bias, slot.tokens.values.shape[1])
-    prefixes = slot.prefixes(place, query.shape[0]) if place is not None else []
-    output = prefix_attention(query, key, value, prefixes, attention_mask, position_bias, scale, dropout)
+    cells = slot.tokens.values.shape[1] if sees_images and slot.tokens is not None else 0
+    prefixes = slot.prefixes(place, query.shape[0], query.shape[2]) if place is not None else []
+    bias = _added(slot, attention_mask, position_bias, cells, query.dtype)
+    if prefixes and query.shape[2] == 1 and not torch.is_grad_enabled():
+        key, value, columns, prefixes = slot.joined(cast(int, place), key, value, prefixes)
+        if columns and bias is not None:
+            bias = slot.once(_beside, bias, columns)
+    output = prefix_attention(query, key, value, prefixes, None, bias, scale, dropout)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _added(slot: Slot, mask: Tensor | None, bias: Tensor | None, cells: int, dtype: torch.dtype) -> Tensor | None:
+    """What is added to scores: made once for all layers that are called with the same mask and bias, unless it has a
+    gradient (a checkpointed layer that runs again must save as much as before)."""
+    if bias is not None and bias.requires_grad:
+        return _scores(mask, bias, cells, dtype)
+    added: Tensor | None = slot.once(_scores, mask, bias, cells, dtype)
+    return added
+
+
+def _scores(mask: Tensor | None, bias: Tensor | None, cells: int, dtype: torch.dtype) -> Tensor | None:
+    if bias is not None and cells:
+        bias = _between_words(bias, cells)
+    return score_bias(mask, bias, dtype)
+
+
+def _beside(bias: Tensor, columns: int) -> Tensor:
+    """What is added to scores, with nothing added to those of `columns` prefix rows that now stand before."""
+    return F.pad(bias, (columns, 0))
 
 
 def _between_words(bias: Tensor, cells: int) -> Tensor:

@@ -17,11 +17,14 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedTokenizerBase,
 )
 
 from hyperpelt_ds.backbones import attention, bart, hooks, llama, t5
 from hyperpelt_ds.backbones.family import Family
+from hyperpelt_ds.backbones.prefix_form import TOKEN_ALONE, Form
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import ModelConfig, ModulesConfig
 from hyperpelt_ds.contracts import Branch, Weights
@@ -42,7 +45,9 @@ class Backbone:
         tokenizer: PreTrainedTokenizerBase | None,
         modules: ModulesConfig | None = None,
         trainable: bool = False,
+        prefix_form: Form = "auto",
     ):
+        self.prefix_form = prefix_form
         self.model, self.tokenizer, self.trainable = model, tokenizer, trainable
         self.modules = modules if modules is not None else ModulesConfig()
         self.slot = Slot()
@@ -51,6 +56,10 @@ class Backbone:
             model.requires_grad_(False)
         model.eval()
         model.generation_config = _plain_generation(model.config, tokenizer)
+        self.forbidden: list[int] = model.generation_config.suppress_tokens or []
+        """Tokens that are never generated. Taken out of the settings: transformers looks through the whole vocabulary
+        for them at every token (1.5 % of a decode on a CPU)."""
+        model.generation_config.suppress_tokens = None
         model.set_attn_implementation(attention.NAME)
         self.geometry = hooks.attach(model, self._family, self.modules, self.slot)
         self._places: Tensor | None = None
@@ -113,7 +122,7 @@ class Backbone:
         input_ids, attention_mask (B, T); labels padded with -100. With `targets` (N,), places in labels.flatten(),
         only their logits are made: (N, vocabulary). Without weights this is the plain model.
         """
-        self._load(weights)
+        self._load(weights, input_ids.shape[1], labels.shape[1])
         sources, mask = self._sources(input_ids, attention_mask)
         inputs, places = self._family.layout.with_labels(self.model, sources, mask, labels)
         if targets is not None:
@@ -142,13 +151,15 @@ class Backbone:
         """
         if num_beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {num_beams}")
-        self._load(weights)
+        self._load(weights, input_ids.shape[1], TOKEN_ALONE * num_beams)
         generated = self.model.generate(
             **self._family.layout.prompt(*self._sources(input_ids, attention_mask)),
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             do_sample=False,
+            logits_processor=LogitsProcessorList([_Without(self.forbidden)]),
         )
+        self.slot.forget()
         return cast(Tensor, generated)
 
     def decode(self, ids: Tensor) -> list[str]:
@@ -164,12 +175,18 @@ class Backbone:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _load(self, weights: Weights | None) -> None:
+    def _load(self, weights: Weights | None, source: int, target: int) -> None:
+        """Puts `weights` in their places, for sources and targets (or parts of them) of so many tokens."""
         branches = weights.branches if weights is not None else ()
         tokens = weights.tokens if weights is not None else None
+        source += tokens.values.shape[1] if tokens is not None else 0
+        lengths = [source + target if self.one_sequence else source if site.block.in_encoder else target
+                   for site in self.geometry.prefix_sites]  # fmt: skip
         self.slot.set(
             tuple(Branch(b.rows, *(_cast(part, self.dtype) for part in b[1:])) for b in branches),
             tokens._replace(values=tokens.values.to(self.dtype)) if tokens is not None else None,
+            lengths,
+            self.prefix_form,
         )
         self._set_norms(weights.norms if weights is not None else None)
 
@@ -202,6 +219,18 @@ class Backbone:
         values = self.initial_norms if values is None else values.to(self.initial_norms.dtype)
         for (module, name), value in zip(self._norms, values.unbind(), strict=True):
             setattr(module, name, value)
+
+
+class _Without(LogitsProcessor):
+    """Keeps tokens from being generated."""
+
+    def __init__(self, tokens: list[int]):
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        for token in self.tokens:
+            scores[:, token] = -torch.inf
+        return scores
 
 
 def _plain_generation(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
@@ -262,7 +291,7 @@ def load_backbone(config: ModelConfig, modules: ModulesConfig | None = None) -> 
         raise ValueError(f"model.backbone: cannot load {where!r}: {str(error).splitlines()[0]}") from error
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Backbone(model, tokenizer, modules, config.train_backbone)
+    return Backbone(model, tokenizer, modules, config.train_backbone, config.prefix_form)
 
 
 def random_model(model_type: str, **fields: Any) -> Any:

@@ -7,18 +7,23 @@ error.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hyperpelt_ds.backbones.prefix_form import Form, by_site
 from hyperpelt_ds.contracts import Branch, Tokens
 from hyperpelt_ds.kernels.adapter import SiteAdapter
 from hyperpelt_ds.kernels.adapter import bind as bind_adapter
 from hyperpelt_ds.kernels.index import BatchIndex, index_batch, index_on_device
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
 from hyperpelt_ds.kernels.low_rank import bind as bind_low_rank
-from hyperpelt_ds.kernels.prefix_attention import SitePrefix
+from hyperpelt_ds.kernels.prefix_attention import AnyPrefix, SitePrefix, Spread, join, spread, spread_of
+
+REMEMBERED = 4
+"""Results that `once` keeps: a decoder's layers take turns between two masks."""
 
 Apply = Callable[[Tensor, Tensor], Tensor]
 """From a block's input and output to its output with what is added."""
@@ -30,24 +35,73 @@ class Slot:
     def __init__(self) -> None:
         self.set((), None)
 
-    def set(self, branches: tuple[Branch, ...], tokens: Tokens | None) -> None:
+    def set(
+        self, branches: tuple[Branch, ...], tokens: Tokens | None, lengths: Sequence[int] = (), form: Form = "auto"
+    ) -> None:
+        """`lengths` are the queries that a sample has at each prefix site at a time, `form` how prefixes are used."""
         self.tokens = tokens
         self._samples = [branch.rows for branch in branches]
-        self._prefixes = [_by_site(branch.prefix) for branch in branches]
+        self._prefixes = [by_site(branch.prefix, branch.rows, lengths, form) for branch in branches]
         self._adapters = [_by_site(branch.adapter) for branch in branches]
         self._deltas = [[_by_site(kind) for kind in branch.lora or ()] for branch in branches]
         self._rows: dict[tuple[int, int], Tensor] = {}
         self._indices: dict[tuple[int, int], BatchIndex] = {}
         self._site_adapters: dict[tuple[int, int], Apply | None] = {}
         self._site_deltas: dict[tuple[int, int, int], Apply | None] = {}
+        self._spreads: dict[tuple[int, int], Spread] = {}
+        self.forget()
 
-    def prefixes(self, site: int, batch: int) -> list[SitePrefix]:
-        """The prefixes of prefix site `site` for `batch` rows."""
-        return [
-            SitePrefix(rows=self._rows_for(number, batch), **sites[site])
+    def prefixes(self, site: int, batch: int, length: int) -> list[AnyPrefix]:
+        """The prefixes of prefix site `site` for `batch` rows of `length` queries.
+
+        One query a row is a token of many that are generated one after the other: what its prefixes are copied for is
+        then done at the first.
+        """
+        decoding = length == 1 and not torch.is_grad_enabled()
+        if decoding and (site, batch) in self._decoding:
+            return self._decoding[site, batch]
+        found: list[AnyPrefix] = [
+            sites[site]._replace(rows=self._rows_for(number, batch), spread=self._spread_for(number, batch, sites))
             for number, sites in enumerate(self._prefixes)
             if sites
         ]
+        if decoding:
+            found = self._decoding[site, batch] = [spread(prefix) for prefix in found]
+        return found
+
+    def joined(
+        self, site: int, key: Tensor, value: Tensor, prefixes: list[AnyPrefix]
+    ) -> tuple[Tensor, Tensor, int, list[AnyPrefix]]:
+        """key and value (B, H, T', d) at a token of many, with those prefixes in front that can be; how many rows these
+        have; and the other prefixes.
+
+        Where a call brings the very tensors of the one before, as attention to an encoder does, the copy is made once.
+        """
+        known, made = self._joined.get(site, (None, None))
+        if known is not key:
+            self._joined[site] = (key, None)
+            return key, value, 0, prefixes
+        if made is None:
+            plain = [p for p in prefixes if isinstance(p, SitePrefix) and p.offset is None and _serves_all(p)]
+            rest = [prefix for prefix in prefixes if not any(prefix is other for other in plain)]
+            made = (*join(key, value, plain), sum(prefix.keys.shape[1] for prefix in plain), rest)
+            self._joined[site] = (key, made)
+        return made
+
+    def forget(self) -> None:
+        """Lets go of what was kept for one generation."""
+        self._decoding: dict[tuple[int, int], list[AnyPrefix]] = {}
+        self._joined: dict[int, tuple[Any, Any]] = {}
+        self._remembered: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    def once(self, make: Callable[..., Any], *given: Any) -> Any:
+        """make(*given), not made anew for the same objects until the next forward pass: a stack's layers share them."""
+        for made_by, made_from, result in self._remembered:
+            if made_by is make and all(one is two for one, two in zip(made_from, given, strict=True)):
+                return result
+        result = make(*given)
+        self._remembered = [*self._remembered[1 - REMEMBERED :], (make, given, result)]
+        return result
 
     def adapter(self, site: int, batch: int, activation: str) -> Apply | None:
         """What adds the adapters of adapter site `site` to `batch` rows, or None; made once for these weights."""
@@ -86,6 +140,20 @@ class Slot:
             assert rest == 0, f"{batch} rows do not divide into {len(rows)} samples"
             self._rows[number, batch] = rows if beams == 1 else rows.repeat_interleave(beams)
         return self._rows[number, batch]
+
+    def _spread_for(self, number: int, batch: int, sites: list[AnyPrefix]) -> Spread:
+        """How a branch's conditions come to samples; a sample's beams share what is copied for it."""
+        if (number, batch) not in self._spreads:
+            rows = self._samples[number]
+            condition, missing = spread_of(rows, len(sites[0][0]))
+            if missing is not None:
+                missing = missing.repeat_interleave(batch // len(rows))
+            self._spreads[number, batch] = Spread(condition, missing)
+        return self._spreads[number, batch]
+
+
+def _serves_all(prefix: AnyPrefix) -> bool:
+    return prefix.spread is not None and prefix.spread.missing is None
 
 
 def _by_site(module: Any) -> list[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperpelt_ds.config import ModulesConfig
-from hyperpelt_ds.contracts import Adapter, LowRank, Prefix, Projection
+from hyperpelt_ds.contracts import Adapter, LowRank, Prefix, PrefixRows, Projection
 from hyperpelt_ds.kernels import generate
 
 
@@ -16,11 +18,14 @@ class PrefixHead(nn.Module):
 
     def __init__(self, hyper_size: int, prefix_size: int, sites: int, modules: ModulesConfig, std: float):
         super().__init__()
-        self.linear = Generator(hyper_size, 2 * prefix_size, std)
+        self.linear = PrefixGenerator(hyper_size, 2 * prefix_size, std)
         self.weighting = PrefixWeighting(sites, modules)
 
-    def forward(self, hyper: Tensor) -> Prefix:
-        """hyper (S, C, P, E) -> keys and values, each (S, C, P, K)."""
+    def forward(self, hyper: Tensor, rows: bool = False) -> Prefix | PrefixRows:
+        """hyper (S, C, P, E) -> keys and values, each (S, C, P, K); with `rows`, what they would be made from."""
+        if rows:
+            weight, bias = self.linear(None)
+            return PrefixRows(hyper, weight.unsqueeze(0), bias.unsqueeze(0), self.weighting())
         keys, values = self.linear(hyper).chunk(2, dim=-1)
         return Prefix(keys, values, self.weighting())
 
@@ -90,6 +95,16 @@ class Generator(nn.Linear):
 
     def forward(self, hyper: Tensor) -> Tensor:
         return generate(hyper, self.weight, self.bias)
+
+
+class PrefixGenerator(Generator):
+    """A map that can be handed on, for attention to use in place of what it makes."""
+
+    def forward(self, hyper: Tensor | None) -> Any:
+        """What it makes of `hyper`, or without any, its weight (N, E) and bias (N,)."""
+        if hyper is None:
+            return self.weight.clone(), self.bias.clone()  # ZeRO-3 takes the parameters away when this forward ends
+        return super().forward(hyper)
 
 
 class AdapterScale(nn.Module):

@@ -20,6 +20,7 @@ from hyperpelt_ds.contracts import (
     Branch,
     Conditions,
     Geometry,
+    PrefixRows,
     Site,
     Tokens,
     Weights,
@@ -86,12 +87,14 @@ class Controller(nn.Module):
             index = torch.tensor([geometry.sites.index(site) for site in sites])
             self.register_buffer(f"{name}_places", index, persistent=False)
 
-    def forward(self, conditions: Tensor, layers: Tensor, blocks: Tensor) -> dict[str, Any]:
+    def forward(self, conditions: Tensor, layers: Tensor, blocks: Tensor, prefix_rows: bool) -> dict[str, Any]:
         """conditions (C, P, d), layers and blocks (S, P or 1, d) -> the weights by kind, deltas by projection name."""
         hyper = self.projector(conditions, layers, blocks)
-        return {
-            name: head(hyper.index_select(0, self.get_buffer(f"{name}_places"))) for name, head in self.heads.items()
-        }
+        made = {}
+        for name, head in self.heads.items():
+            own = hyper.index_select(0, self.get_buffer(f"{name}_places"))
+            made[name] = head(own, prefix_rows) if name == "prefix" else head(own)
+        return made
 
 
 class NormBank(nn.Module):
@@ -174,14 +177,18 @@ class HyperNetwork(nn.Module):
         """What each of the branches that `forward` gives is made from, in their order."""
         return (*self.conditions, *(["free"] if self.free is not None else []))
 
-    def forward(self, batch: Batch) -> Weights:
-        """The weights of every site for the conditions of `batch`; samples refer to them by `Branch.rows`."""
+    def forward(self, batch: Batch, prefix_rows: bool = False) -> Weights:
+        """The weights of every site for the conditions of `batch`; samples refer to them by `Branch.rows`.
+
+        With `prefix_rows`, generated prefixes are left as the rows and the map that they would be made from, for who
+        knows how often they are looked at to decide.
+        """
         sites = {name: [embedding() for embedding in _stacks(stacks)] for name, stacks in self.sites.items()}
         branches = []
         for name, condition in self.conditions.items():
             vectors, rows = condition(batch)
             pairs = zip(_stacks(self.controllers[name]), sites[self._sites_of[name]], strict=True)
-            made = _join([controller(vectors, *where) for controller, where in pairs])
+            made = _join([controller(vectors, *where, prefix_rows) for controller, where in pairs])
             lora = tuple(made[target.name] for target in self.projections)
             branches.append(Branch(rows, made.get("prefix"), made.get("adapter"), lora or None))
         if self.free is not None:
@@ -217,6 +224,13 @@ def _join(stacks: list[dict[str, Any]]) -> dict[str, Any]:
     joined: dict[str, Any] = {}
     for name in dict.fromkeys(name for stack in stacks for name in stack):
         parts = [stack[name] for stack in stacks if name in stack]
+        if isinstance(parts[0], PrefixRows):  # each stack has its own map: one for each of its sites
+            parts = [
+                part._replace(
+                    weight=part.weight.expand(len(part.rows), -1, -1), bias=part.bias.expand(len(part.rows), -1)
+                )
+                for part in parts
+            ]
         columns = zip(*parts, strict=True)
         joined[name] = type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))
     return joined
