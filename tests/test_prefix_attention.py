@@ -306,7 +306,6 @@ def test_a_row_that_is_no_condition_is_refused(low, high):
         ("absorbed", dict(weight=torch.ones(8, 3)), r"prefixes\[0\].weight: expected shape \(8, 2\), got \(8, 3\)"),
         ("absorbed", dict(bias=torch.ones(4)), r"bias: expected shape"),
         ("absorbed", dict(rows=torch.zeros(2).long()), r"prefixes\[0\].rows: expected shape \(3,\), got \(2,\)"),
-        ("absorbed", dict(spread=Spread(None, None)), r"prefixes\[0\]: 3 samples cannot be spread evenly over 2 con"),
     ],
 )
 def test_what_does_not_fit_is_named(form, change, message):

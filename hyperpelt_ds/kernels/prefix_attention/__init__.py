@@ -66,14 +66,18 @@ def prefix_attention(
     if not prefixes:
         hidden = mask if bias is None else score_bias(mask, bias, query.dtype)
         return F.scaled_dot_product_attention(query, key, value, hidden, dropout, scale=scale, enable_gqa=group > 1)
-    check(query, key, value, prefixes, mask, bias)
-    if torch.is_autocast_enabled(query.device.type):  # as it does for torch's own attention
-        query, key, value = (part.to(torch.get_autocast_dtype(query.device.type)) for part in (query, key, value))
-    bias = score_bias(mask, bias, query.dtype)
-    whole = query.device.type == "cpu" and dropout == 0 and not (bias is not None and bias.requires_grad)
-    made = [prefix for prefix in prefixes if isinstance(prefix, SitePrefix)]
-    if len(made) == len(prefixes) and not (whole and _merging_pays(query, key, made)):
-        return concatenated(query, key, value, made, bias, scale, dropout)
+    if any(prefix.spread is None for prefix in prefixes):  # others were prepared, once for many calls
+        check(query, key, value, prefixes, mask, bias)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as it does for torch's own attention
+        query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
+    if mask is not None or (bias is not None and bias.dtype != query.dtype):
+        bias = score_bias(mask, bias, query.dtype)
+    whole = device == "cpu" and dropout == 0 and not (bias is not None and bias.requires_grad)
+    if not (whole and _merging_pays(query, key, prefixes)):
+        made = [prefix for prefix in prefixes if isinstance(prefix, SitePrefix)]
+        if len(made) == len(prefixes):
+            return concatenated(query, key, value, made, bias, scale, dropout)
     shape = query.shape
     if group > 1:  # queries that share a key are so many more queries of one head
         query = query.reshape(shape[0], key.shape[1], -1, shape[3])
@@ -86,7 +90,7 @@ def prefix_attention(
     return explicit(query, key, value, prefixes, bias, scale, dropout).reshape(shape)
 
 
-def _merging_pays(query: Tensor, key: Tensor, prefixes: Sequence[SitePrefix]) -> bool:
+def _merging_pays(query: Tensor, key: Tensor, prefixes: Sequence[AnyPrefix]) -> bool:
     """Merging works on every query, concatenation on every key and row.
 
     Always in generation, where a token waits for copies. In training as measured on one thread (8 heads of 64, 16
@@ -94,8 +98,9 @@ def _merging_pays(query: Tensor, key: Tensor, prefixes: Sequence[SitePrefix]) ->
     condition 0.97, of eight 1.16; on 64 keys 1.39 and 1.10; 32 queries and keys with 49 rows each 1.2, with 16 rows
     0.83; 64 and 16 0.93; 256 and 16 0.93.
     """
-    columns = key.shape[2] + sum(prefix.keys.shape[1] for prefix in prefixes)
-    return not torch.is_grad_enabled() or columns > 2 * query.shape[2]
+    if not torch.is_grad_enabled():
+        return True
+    return key.shape[2] + sum(prefix[0].shape[1] for prefix in prefixes) > 2 * query.shape[2]
 
 
 def score_bias(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

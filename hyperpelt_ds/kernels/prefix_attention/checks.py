@@ -33,8 +33,6 @@ def check(
         else:
             _expect(f"{where}.weight", prefix.weight, (2 * width, prefix.hyper.shape[-1]))
             _expect(f"{where}.bias", prefix.bias, (2 * width,))
-        if prefix.spread is not None and prefix.spread.condition is None and batch % len(prefix[0]):
-            raise ValueError(f"{where}: {batch} samples cannot be spread evenly over {len(prefix[0])} conditions")
     for name, part, allowed in (("mask", mask, (1,)), ("bias", bias, (1, heads))):
         if part is not None and not (
             part.ndim == 4

@@ -33,13 +33,16 @@ def merged(
 ) -> Tensor:
     """As `prefix_attention`, of as many key heads as query heads, with `bias` all that is added to real scores; it gets
     no gradient. It must hide with finite numbers: a query that sees no key at all would get a sum of 1 from torch."""
+    if bias is not None:
+        bias = bias.expand(*query.shape[:2], -1, -1)
+    prefixes = [spread(prefix) for prefix in prefixes]
+    if not torch.is_grad_enabled() and all(_is_plain(prefix, query) for prefix in prefixes):
+        return _plain(query, key, value, cast(Sequence[SitePrefix], prefixes), bias, scale)
     parts: list[Tensor | None] = []
-    for prefix in map(spread, prefixes):
+    for prefix in prefixes:
         first = prefix[:2] if isinstance(prefix, SitePrefix) else prefix[:3]
         parts += [part.to(query.dtype) for part in first] + [None] * (3 - len(first))
         parts += [prefix.offset, cast(Spread, prefix.spread).missing]
-    if bias is not None:
-        bias = bias.expand(*query.shape[:2], -1, -1)
     if torch.is_grad_enabled():
         return cast(Tensor, _Merged.apply(query, key, value, bias, scale, *parts)).transpose(1, 2)
     return _join(query, key, value, bias, scale, parts, alone=True)[0].transpose(1, 2)
@@ -115,6 +118,37 @@ def _join(
         if not alone or len(parts) > FIELDS:
             logs = torch.logaddexp(own_logs, logs)
     return output.to(query.dtype), logs
+
+
+def _is_plain(prefix: AnyPrefix, query: Tensor) -> bool:
+    """Whether a prefix is keys and values for every sample, of the type that sums have."""
+    return (
+        isinstance(prefix, SitePrefix)
+        and prefix.offset is None
+        and cast(Spread, prefix.spread).missing is None
+        and query.dtype == prefix.keys.dtype
+        and query.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, prefixes: Sequence[SitePrefix], bias: Tensor | None, scale: float
+) -> Tensor:
+    """The same as `_join` in as few steps as there can be: at a token of many, which comes between reads of the whole
+    model, every step costs about 10 us (this one 0.29 ms, the other 0.45 ms, attention without prefix 0.17 ms)."""
+    batch, heads, length, size = query.shape
+    output, logs = FORWARD(query, key, value, attn_mask=bias, scale=scale)
+    turned = query.transpose(1, 2)
+    for number, prefix in enumerate(prefixes, 1):
+        conditions = len(prefix.keys)
+        keys, values = (part.view(conditions, -1, heads, size).transpose(1, 2) for part in prefix[:2])
+        own, own_logs = FORWARD(turned.reshape(conditions, -1, heads, size).transpose(1, 2), keys, values, scale=scale)
+        own = own.transpose(1, 2).reshape(batch, length, heads, size).transpose(1, 2)
+        own_logs = own_logs.transpose(1, 2).reshape(batch, length, heads).transpose(1, 2)
+        output = torch.lerp(output, own, torch.sigmoid(own_logs - logs).unsqueeze(-1))
+        if number < len(prefixes):
+            logs = torch.logaddexp(own_logs, logs)
+    return output
 
 
 def _each(parts: Sequence[Any]) -> list[Sequence[Any]]:

@@ -71,6 +71,8 @@ def spread(prefix: AnyPrefix) -> AnyPrefix:
 
     Done before, for generation, which comes back at every token; `spread.condition` is then None.
     """
+    if prefix.spread is not None and prefix.spread.condition is None:
+        return prefix
     known = prefix.spread if prefix.spread is not None else spread_of(prefix.rows, prefix[0].shape[0])
     if known.condition is None:
         return prefix._replace(spread=known)
