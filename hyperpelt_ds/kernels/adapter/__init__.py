@@ -55,9 +55,7 @@ def adapter(
     _check(x, residual, adapters)
     chosen = dispatch.choose(backend, x, lambda: _torch_cannot(adapters), lambda: _triton_cannot(x, adapters))
     if chosen == "triton":
-        from hyperpelt_ds.kernels.adapter import (
-            fused,
-        )  # needs the package triton, which only CUDA builds of torch bring
+        from hyperpelt_ds.kernels.adapter import fused  # it imports triton, which only CUDA builds of torch bring
 
         branches = [fused.Branch(*part[:5], *part.users[:3]) for part in adapters]
         return fused.apply(x, residual, branches, [part.users.lengths for part in adapters], activation)
@@ -161,7 +159,7 @@ def _triton_cannot(x: Tensor, adapters: Sequence[SiteAdapter]) -> Exception | No
         return KernelShapeError(f'x: backend="triton" expects at least one token, got {tuple(x.shape)}')
     for number, part in enumerate(adapters):
         groups, size, narrow = part.down.shape
-        problem = triton_limit(x.dtype, size, narrow)
+        problem = triton_limit(x.dtype, size, narrow, f"adapters[{number}].down")
         if problem is not None:
             return problem
         if groups == 0:
@@ -171,7 +169,7 @@ def _triton_cannot(x: Tensor, adapters: Sequence[SiteAdapter]) -> Exception | No
     return None
 
 
-def triton_limit(dtype: torch.dtype, size: int, narrow: int) -> Exception | None:
+def triton_limit(dtype: torch.dtype, size: int, narrow: int, name: str = "adapters.down") -> Exception | None:
     """Why the fused kernels do not run adapters of this type and size, or None."""
     if dtype not in TRITON_DTYPES:
         return KernelDtypeError(f'x: backend="triton" expects {", ".join(map(str, TRITON_DTYPES))}, got {dtype}')
@@ -179,6 +177,6 @@ def triton_limit(dtype: torch.dtype, size: int, narrow: int) -> Exception | None
         return KernelShapeError(f'x: backend="triton" expects a size that is a multiple of 8, got {size}')
     if not 1 <= narrow <= TRITON_BOTTLENECK:
         return KernelShapeError(
-            f'adapters.down: backend="triton" expects a bottleneck of 1 to {TRITON_BOTTLENECK}, got {narrow}'
+            f'{name}: backend="triton" expects a bottleneck of 1 to {TRITON_BOTTLENECK}, got {narrow}'
         )
     return None
