@@ -20,8 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_step import DECODE_TOKENS, MODELS, STUDY, _rounds
+from bench_step import DECODE_TOKENS, MODELS, STUDY
 from command import run
+from turns import take_turns
 
 PARTS = 5
 
@@ -52,7 +53,7 @@ def bench_adapters(
     for metric in ("train_step_s", f"decode_{DECODE_TOKENS}_s"):
         train = metric == "train_step_s"
         systems = {name: _system(name, batch, source, target, train) for name in SYSTEMS}
-        times = _rounds(systems, rounds, "cpu")
+        times = take_turns(systems, rounds, "cpu")
         for name, seconds in times.items():
             ratios = [own / floor for own, floor in zip(seconds, times["floor"], strict=True)]
             line: dict[str, Any] = {

@@ -22,13 +22,13 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from command import run
 from kernel_peers import DEFAULT_PEERS, PEERS, systems
+from turns import take_turns
 
 STEPS = {
     "t5_base": (64, 64, 8, dict(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)),
@@ -110,7 +110,7 @@ def _case(case: Any, peers: tuple[str, ...], rounds: int, device: str, dtype: An
     assert cost.floor_s is not None
     print(f"{case.name}: {cost}")
     actions = systems(case, ("ours", *peers), device, dtype)
-    times = _rounds(actions, rounds, device)
+    times = take_turns(actions, rounds, device)
     lines = []
     for system, seconds in times.items():
         ratios = [own / ours for own, ours in zip(seconds, times["ours"], strict=True)]
@@ -145,24 +145,6 @@ def _run_tests() -> None:
             raise ValueError(f"the ops' tests fail, so there is nothing to time:\n{done.stdout[-3000:]}")
 
 
-def _rounds(systems: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every system in every round; the systems take turns, so that drift of the machine hits all alike."""
-    import torch
-
-    times: dict[str, list[float]] = {name: [] for name in systems}
-    for turn in range(rounds + 1):
-        for name, action in systems.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            action()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def _ceilings(device: str, dtype: Any) -> tuple[float, float]:
     """Bytes a second that a copy reads and writes on this machine, and FLOPs a second of a large matrix product."""
     import torch
@@ -171,7 +153,9 @@ def _ceilings(device: str, dtype: Any) -> tuple[float, float]:
     target = torch.empty_like(source)
     side = 8192 if device == "cuda" else 1024
     square = torch.randn(side, side, device=device).to(dtype)
-    times = _rounds({"copy": lambda: _drop(target.copy_(source)), "product": lambda: _drop(square @ square)}, 5, device)
+    times = take_turns(
+        {"copy": lambda: _drop(target.copy_(source)), "product": lambda: _drop(square @ square)}, 5, device
+    )
     copy, product = (statistics.median(times[name]) for name in ("copy", "product"))
     return 2 * source.numel() * source.element_size() / copy, 2 * side**3 / product
 
@@ -239,7 +223,7 @@ def _step(name: str, rounds: int, device: str, dtype: Any, peak: float) -> list[
         embedded = frozen.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
         frozen(inputs_embeds=embedded, labels=batch.labels, use_cache=False).loss.backward()
 
-    times = _rounds({"ours": step, "gather": copied, "floor": floor}, rounds, device)
+    times = take_turns({"ours": step, "gather": copied, "floor": floor}, rounds, device)
     stacks = {"encoder": source, "decoder": target}
     flops = 4 * samples * sum(  # forward, and backward to the inputs: no gradients of frozen matrices
         tokens * sum(p.numel() for n, p in frozen.named_parameters() if n.startswith(stack) and p.ndim == 2)

@@ -23,12 +23,12 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from command import run
+from turns import take_turns
 
 if TYPE_CHECKING:
     from hyperpelt_ds.config import Config
@@ -131,7 +131,7 @@ def bench_step(
         for kind in ("train_step", f"decode_{DECODE_TOKENS}"):
             train = kind == "train_step"
             systems = _systems(name, batch, source, target, train, optimizer, device)
-            times = _rounds({key: _whole(system) for key, system in systems.items()}, rounds, device)
+            times = take_turns({key: _whole(system) for key, system in systems.items()}, rounds, device)
             for system, seconds in times.items():
                 add(case, system, f"{kind}_s", seconds, times["floor"], "s")
             counted = {system: _flops(own.act) / batch / 1e6 for system, own in systems.items()}
@@ -155,22 +155,6 @@ def _whole(system: System) -> Callable[[], None]:
             system.update()
 
     return step
-
-
-def _rounds(systems: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every system in every round; the systems take turns, so that drift of the machine hits all alike."""
-    import torch
-
-    times: dict[str, list[float]] = {name: [] for name in systems}
-    for turn in range(rounds + 1):
-        for name, action in systems.items():
-            start = time.perf_counter()
-            action()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 def _flops(action: Callable[[], None]) -> int:
