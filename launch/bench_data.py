@@ -343,8 +343,8 @@ def _read(data: _Data, report: _Report) -> None:
 
     assert data.pictures.features
     for name, manifest, shards, read in (
-        ("text", data.texts, data.texts.shards("text", "train"), _text),
-        ("features", data.pictures, data.pictures.features.shards, _features),
+        ("text", data.texts, data.texts.shards("text", "train"), _text_of),
+        ("features", data.pictures, data.pictures.features.shards, _features_of),
     ):
         reader = Reader(manifest)
         sizes, tars = [shard.samples for shard in shards], [f"{manifest.folder.root}/{shard.path}" for shard in shards]
@@ -358,7 +358,7 @@ def _read(data: _Data, report: _Report) -> None:
             ("2 workers read", 2, (counted, counted, counted)),
             ("2 workers hand over", 2, (ours, theirs, whole)),
         ):
-            indexed = functools.partial(_indexed, functools.partial(read, reader), sizes, workers, crossings[0])
+            indexed = functools.partial(_indexed, read(reader), sizes, workers, crossings[0])
             systems: dict[str, Callable[[], Iterable[Any]]] = {
                 "hyperpelt_ds": indexed,
                 "webdataset": functools.partial(_webdataset, tars, workers, crossings[1]),
@@ -381,12 +381,12 @@ def _rate(batches: Callable[[], Iterable[Any]], samples: int) -> float:
     return others / seconds
 
 
-def _text(reader: Reader, number: int) -> Sample:
-    return reader.sample("text", "train", number)
+def _text_of(reader: Reader) -> Callable[[int], Any]:
+    return functools.partial(reader.sample, "text", "train")
 
 
-def _features(reader: Reader, number: int) -> Any:
-    return reader.image(_image(number))
+def _features_of(reader: Reader) -> Callable[[int], Any]:
+    return lambda number: reader.image(_image(number))
 
 
 def _same(item: Any) -> Any:

@@ -60,5 +60,5 @@ def test_results_come_in_the_order_of_the_plan_the_first_of_them_one_by_one(work
 
 
 def test_small_steps_of_text_share_a_message():
-    assert [message_items(n, images=False) for n in (1, 64, 512, 1000)] == [512, 8, 1, 1]
+    assert [message_items(n, images=False) for n in (1, 64, 1024, 2000)] == [1024, 16, 1, 1]
     assert message_items(1, images=True) == 1

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hyperpelt_ds.contracts import Sample
 
-MESSAGE = 512
+MESSAGE = 1024
 """Samples without images that a message holds, once a run is under way, if fewer make a step."""
 AHEAD = 2
 """Messages that each worker is asked for at a time."""
