@@ -58,7 +58,7 @@ def bench_adapters(
             ratios = [own / floor for own, floor in zip(seconds, times["floor"], strict=True)]
             line: dict[str, Any] = {
                 "case": case,
-                "system": name,
+                "system": f"adapters: {name}",
                 "metric": metric,
                 "median": statistics.median(seconds),
             }
