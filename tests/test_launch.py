@@ -13,7 +13,18 @@ from conftest import ROOT, free_port, overrides
 
 from hyperpelt_ds import recipes
 
-COMMANDS = ("train", "evaluate", "predict", "generate", "transfer", "export", "estimate", "bench_step", "bench_kernels", "study")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "generate",
+    "transfer",
+    "export",
+    "estimate",
+    "bench_step",
+    "bench_kernels",
+    "study",
+)
 
 
 def script(name: str) -> ModuleType:
