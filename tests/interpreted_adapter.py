@@ -12,6 +12,7 @@ import pytest
 import torch
 from adapter_cases import ACTIVATIONS, batches, by_formula, draw_adapter, error, leaves, make
 from hypothesis import given, settings
+from torch import library
 
 from hyperpelt_ds.kernels import adapter, index_batch
 from hyperpelt_ds.kernels.adapter import fused
@@ -130,10 +131,10 @@ def _flat(seed: int = 0):
 def test_the_operators_are_registered_as_torch_wants_them():
     x, residual, *_, tensors = _flat()
     operators = torch.ops.hyperpelt
-    torch.library.opcheck(operators.adapter_forward.default, (x, residual, tensors, None, "relu"))
+    library.opcheck(operators.adapter_forward.default, (x, residual, tensors, None, "relu"))
     y, z = operators.adapter_forward(x, residual, tensors, None, "relu")
     for inputs, weights in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(operators.adapter_backward.default, (y, x, z, tensors, None, "relu", inputs, weights))
+        library.opcheck(operators.adapter_backward.default, (y, x, z, tensors, None, "relu", inputs, weights))
 
 
 @pytest.mark.slow

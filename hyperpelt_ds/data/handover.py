@@ -1,8 +1,9 @@
 """How what worker processes read crosses to the process that trains.
 
 Between processes everything costs: a message through torch's loader 0.3 ms of both together, a tensor a file descriptor
-and fresh pages of shared memory. So several small steps go in one message, samples as columns, and image features lie
-in memory that was shared before the workers began. This file must not know files, tokens or the order of a run.
+and fresh pages of shared memory. So several small steps go in one message, samples as columns, and both messages and
+image features lie in memory that was shared before the workers began. This file must not know files, tokens or the
+order of a run.
 """
 
 from __future__ import annotations

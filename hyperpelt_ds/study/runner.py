@@ -138,7 +138,7 @@ def _quiet() -> None:
 
 
 def _forget(run_dir: Path, keep: bool) -> None:
-    """Deletes the weights of a finished cell (200 MB for full fine-tuning); what it logged stays."""
+    """Deletes the weights of a finished cell (200 MB for full fine-tuning); its metrics.jsonl stays."""
     for path in run_dir.glob("*") if not keep else ():
         if path.is_dir():
             shutil.rmtree(path)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from hyperpelt_ds.kernels.dispatch import interpreted
 from hyperpelt_ds.kernels.errors import KernelUnavailableError
@@ -503,7 +503,7 @@ def _not_twice(ctx: Any, *gradients: Any) -> Any:
 
 
 # define and impl with the autograd.Function outside: half the host time of custom_op with register_autograd
-_library = torch.library.Library("hyperpelt", "DEF")
+_library = library.Library("hyperpelt", "DEF")
 _library.define(
     "adapter_forward(Tensor x, Tensor residual, Tensor[] tensors, Tensor? lengths, str activation) -> (Tensor, Tensor)"
 )
@@ -514,9 +514,9 @@ _library.define(
 for _device in ("CUDA", "CPU"):  # on the CPU in the interpreter
     _library.impl("adapter_forward", _forward, _device)
     _library.impl("adapter_backward", _backward, _device)
-torch.library.register_fake("hyperpelt::adapter_forward", _forward_fake, lib=_library)
-torch.library.register_fake("hyperpelt::adapter_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("hyperpelt::adapter_backward", _not_twice, lib=_library)
+library.register_fake("hyperpelt::adapter_forward", _forward_fake, lib=_library)
+library.register_fake("hyperpelt::adapter_backward", _backward_fake, lib=_library)
+library.register_autograd("hyperpelt::adapter_backward", _not_twice, lib=_library)
 
 
 class _Fused(torch.autograd.Function):
