@@ -108,6 +108,10 @@ class HypernetConfig:
     """One hypernetwork for both stacks, or one each (HyperFormer); task embeddings are common either way."""
     head_std: float = 0.01
     """Standard deviation of the initial weights of the generating layers."""
+    hyper_scale: float = 1.0
+    """Factor on hyper-embeddings before the generating layers, which start larger by as much, so that what they make at
+    the start is the same. A generated weight then moves this many times as far in a step: it is a sum of hyper_size
+    terms, and an optimizer like AdamW moves all of them."""
     visual_embeddings: Literal["shared", "own"] = "own"
     """Whether the visual branch uses the layer and block embeddings of the task branch, row for row (needs
     modules.prefix_length equal to the number of image cells, 49 in the paper) or has its own."""
@@ -355,6 +359,7 @@ _POSITIVE = (
     "hypernet.hidden_size",
     "hypernet.projector_depth",
     "hypernet.hyper_size",
+    "hypernet.hyper_scale",
     "vision.image_size",
     "vision.cells",
     "vision.channels",

@@ -8,8 +8,8 @@ from tiny import CELLS, pick, tiny_backbone, tiny_batch, tiny_hypernet
 
 from hyperpelt_ds.backbones import Backbone, random_model
 from hyperpelt_ds.config import Config, HypernetConfig
-from hyperpelt_ds.contracts import Block
-from hyperpelt_ds.hypernet.hypernetwork import Projector
+from hyperpelt_ds.contracts import Block, Conditions
+from hyperpelt_ds.hypernet.hypernetwork import HyperNetwork, Projector
 from hyperpelt_ds.model import HyperPELT
 
 
@@ -120,3 +120,22 @@ def test_the_projector_starts_like_one_linear_over_the_concatenation():
     bound = (3 * 64) ** -0.5
     for module in (projector.condition, projector.layer, projector.block):
         assert 0.9 * bound < module.weight.abs().max() <= bound
+
+
+def test_a_scaled_hyper_embedding_starts_alike_and_moves_generated_weights_less_far(backbone):
+    batch = tiny_batch(backbone.model)
+    made, moved = [], []
+    for scale in (1.0, 0.25):
+        torch.manual_seed(3)
+        config = HypernetConfig(conditions=("task",), hyper_scale=scale)
+        network = HyperNetwork(
+            config, backbone.modules, backbone.geometry, Conditions(3, None, None, None), backbone.initial_norms
+        )
+        linear = network.controllers["task"][0].heads["prefix"].linear
+        before = network(batch).branches[0].prefix.keys
+        with torch.no_grad():
+            linear.weight += 0.01 * linear.weight.sign()  # as far as AdamW's first step goes, in every entry
+        made.append(before)
+        moved.append(network(batch).branches[0].prefix.keys - before)
+    assert torch.allclose(made[0], made[1], atol=1e-6)
+    assert torch.allclose(moved[1], 0.25 * moved[0], atol=1e-6)

@@ -53,6 +53,7 @@ class Projector(nn.Module):
             self.condition.bias.copy_(joint.bias)
         self.rest = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
         self.norm = nn.LayerNorm(config.hyper_size, eps=1e-6) if config.projector_norm else nn.Identity()
+        self.scale = config.hyper_scale
 
     def forward(self, conditions: Tensor, layers: Tensor, blocks: Tensor) -> Tensor:
         """conditions (C, P, d), layers and blocks (S, P or 1, d) -> (S, C, P, E)."""
@@ -61,7 +62,7 @@ class Projector(nn.Module):
         for linear in self.rest:
             hidden = linear(F.relu(hidden))
         projected: Tensor = self.norm(hidden)
-        return projected
+        return projected if self.scale == 1 else projected * self.scale
 
 
 class Controller(nn.Module):
@@ -69,7 +70,7 @@ class Controller(nn.Module):
 
     def __init__(self, config: HypernetConfig, modules: ModulesConfig, geometry: Geometry):
         super().__init__()
-        size, std = config.hyper_size, config.head_std
+        size, std = config.hyper_size, config.head_std / config.hyper_scale
         self.projector = Projector(config)
         self.heads = nn.ModuleDict()
         places: dict[str, tuple[Site, ...]] = {}
