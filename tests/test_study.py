@@ -18,7 +18,9 @@ from hyperpelt_ds.study.plan import METHODS, Cell, Suite
 from hyperpelt_ds.study.statistics import Bootstrap, Figure, point, verdict
 
 call, script = test_launch.call, test_launch.script
-GRID = {f"grid/{name}/{rate:g}": 0.6 if rate == 1e-3 else 0.5 for name in METHODS for rate in plan.RATES}
+SHORT = {f"grid/{name}/{rate:g}": 0.6 if rate == 1e-3 else 0.5 for name in METHODS for rate in plan.RATES}
+LONG = {f"search/{name}/{rate:g}": 0.8 if rate == 1e-3 else 0.7 for name in METHODS for rate in (1e-3, 3e-4)}
+GRID = SHORT | LONG
 
 
 # The plan
@@ -51,7 +53,7 @@ def test_nothing_but_learning_rates_is_run_before_all_are_known():
     first = plan.small({})
     assert {cell.name.split("/")[0] for cell in first} == {"grid"} and not any(cell.scored for cell in first)
     some = dict(list(GRID.items())[:-1])
-    assert {cell.name.split("/")[0] for cell in plan.small(some)} == {"grid"}
+    assert {cell.name.split("/")[0] for cell in plan.small(some)} == {"grid", "search"}
 
 
 def test_the_best_rate_is_the_highest_score_and_an_end_is_extended_once():
@@ -59,10 +61,20 @@ def test_the_best_rate_is_the_highest_score_and_an_end_is_extended_once():
     scored = dict.fromkeys((f"grid/mam/{rate:g}" for rate in plan.RATES), 0.5)
     assert plan.rates("mam", scored | {f"grid/mam/{middle:g}": 0.6}) == ([low, middle, high], middle)
     tried, best = plan.rates("mam", scored | {f"grid/mam/{high:g}": 0.6})
-    assert tried == [low, middle, high, plan.HIGHER] and best is None
-    further = scored | {f"grid/mam/{high:g}": 0.6, f"grid/mam/{plan.HIGHER:g}": 0.7}
-    assert plan.rates("mam", further) == (tried, plan.HIGHER)
-    assert plan.rates("mam", scored)[0] == [plan.LOWER, low, middle, high]  # of equals the lowest rate
+    assert tried == [low, middle, high, 1e-2] and best is None
+    further = scored | {f"grid/mam/{high:g}": 0.6, "grid/mam/0.01": 0.7}
+    assert plan.rates("mam", further) == (tried, 1e-2)
+    assert plan.rates("mam", scored)[0] == [1e-4, low, middle, high]  # of equals the lowest rate
+
+
+def test_the_search_at_full_length_goes_down_as_long_as_the_lowest_rate_is_the_best():
+    assert plan.searched("mam", {}) == ([], None)
+    assert plan.searched("mam", SHORT) == ([1e-3, 3e-4], None)
+    assert plan.searched("mam", GRID) == ([1e-3, 3e-4], 1e-3)
+    lower = GRID | {"search/mam/0.0003": 0.9}
+    assert plan.searched("mam", lower) == ([1e-3, 3e-4, 1e-4], None)
+    assert plan.searched("mam", lower | {"search/mam/0.0001": 0.5}) == ([1e-3, 3e-4, 1e-4], 3e-4)
+    assert plan.searched("mam", lower | {"search/mam/0.0001": 0.95, "search/mam/3e-05": 0.96})[1] == 3e-5
 
 
 def test_every_cell_has_one_name_valid_settings_and_its_promised_seeds():

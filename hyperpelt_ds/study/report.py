@@ -106,17 +106,19 @@ def _head(records: Records, known: Sequence[Cell]) -> str:
 
 
 def _rates(records: Records) -> str:
-    rows = []
-    for name, method in METHODS.items():
-        tried, best = plan.rates(name, validation(records))
-        found = {rate: records.get(f"grid/{name}/{rate:g}") for rate in tried}
-        cells = [_score(record["validation"] if record else None) for record in found.values()]
-        marked = [f"**{cell}**" if rate == best else cell for rate, cell in zip(tried, cells, strict=True)]
-        by_rate = dict(zip(tried, marked, strict=True))
-        rows.append([method.title, *(by_rate.get(rate, "") for rate in (plan.LOWER, *plan.RATES, plan.HIGHER))])
-    header = ["method", *(f"{rate:g}" for rate in (plan.LOWER, *plan.RATES, plan.HIGHER))]
-    said = f"Mean validation score after {plan.GRID_STEPS} steps; bold is what was then used."
-    return f"## Learning rates\n\n{said}\n\n{markdown(header, rows)}"
+    scores = validation(records)
+    parts = ["## Learning rates"]
+    for stage, steps, choose in (("grid", plan.GRID_STEPS, plan.rates), ("search", plan.STEPS, plan.searched)):
+        rows = []
+        for name, method in METHODS.items():
+            tried, best = choose(name, scores)
+            found = {rate: _score(scores.get(plan.rate_name(stage, name, rate))) for rate in tried}
+            marked = {rate: f"**{cell}**" if rate == best else cell for rate, cell in found.items()}
+            rows.append([method.title, *(marked.get(rate, "") for rate in plan.LADDER)])
+        then = "the best and the one below it were then run for longer" if stage == "grid" else "bold is what was used"
+        parts.append(f"Mean validation score after {steps} steps; {then}.")
+        parts.append(markdown(["method", *(f"{rate:g}" for rate in plan.LADDER)], rows))
+    return "\n\n".join(parts)
 
 
 def _core(records: Records, boot: Bootstrap) -> str:

@@ -89,7 +89,7 @@ def missing(suite: Suite, records: dict[str, Record], only: Sequence[str] = ()) 
     return [
         cell
         for cell in known
-        if cell.name not in records and (not only or cell.name.split("/")[0] in only or cell.name.startswith("grid/"))
+        if cell.name not in records and (not only or cell.name.split("/")[0] in (*only, "grid", "search"))
     ]
 
 
