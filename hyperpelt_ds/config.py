@@ -52,10 +52,7 @@ class ModulesConfig:
     """The kinds of attention that get prefixes."""
     prefix_weighting: Literal["none", "offset", "gate"] = "none"
     """A learned number for each attention block that weights its prefix columns: `offset` is added to their scores,
-    `gate` multiplies their share before normalising (a sigmoid)."""
-    prefix_weighting_start: float | None = None
-    """Where that number starts, in front of the sigmoid for a gate. None: 0 and 4, no change worth noting. An offset of -2
-    leaves new prefixes about an eighth of the attention that they would take."""
+    `gate` multiplies their share before normalising (a sigmoid). Both start at no change worth noting."""
     bottleneck: int = 16
     """Bottleneck of the adapters (R)."""
     adapter_blocks: tuple[BLOCKS, ...] = ("encoder_ffn", "decoder_ffn")
@@ -104,10 +101,6 @@ class HypernetConfig:
     """Size of the hyper-embedding (E)."""
     projector_norm: bool = True
     """Layer norm on the hyper-embedding, as HyperFormer has."""
-    projector_start: Literal["random", "centred"] = "random"
-    """Whether the hyper-embeddings of a new hypernetwork have a common part, which its ReLU makes and which is most of the
-    mean over rows that an adapter is made from: tasks and sites then start nearly alike. `centred` takes it away through
-    the last bias."""
     rows: Literal["expanded", "table"] = "expanded"
     """Whether every task, layer and block embedding has its own vector for each prefix row, or one vector to which a
     common table of row vectors is added."""

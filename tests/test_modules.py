@@ -213,14 +213,11 @@ def test_prefix_columns_are_weighted_before_normalising(kind, weighting):
         assert share is None or torch.allclose(branch.prefix.offset.exp(), share)
 
 
-@pytest.mark.parametrize(
-    "weighting, start, share",
-    [("offset", None, 1.0), ("gate", None, 0.982), ("offset", -2.0, 0.135), ("gate", -2.0, 0.119)],
-)
-def test_weighted_prefix_columns_start_as_good_as_unweighted_or_where_they_are_told_to(weighting, start, share):
-    backbone = tiny_backbone("t5", kinds=("prefix",), prefix_weighting=weighting, prefix_weighting_start=start)
+@pytest.mark.parametrize("weighting, start", [("offset", 1.0), ("gate", 0.982)])
+def test_weighted_prefix_columns_start_as_good_as_unweighted(weighting, start):
+    backbone = tiny_backbone("t5", kinds=("prefix",), prefix_weighting=weighting)
     for branch in untouched_network(backbone)(tiny_batch(backbone.model)).branches:
-        assert torch.allclose(branch.prefix.offset.exp(), torch.tensor(share), atol=1e-3)
+        assert torch.allclose(branch.prefix.offset.exp(), torch.tensor(start), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])

@@ -136,9 +136,7 @@ class PrefixWeighting(nn.Module):
         self.gated = modules.prefix_weighting == "gate"
         self.values = None
         if modules.prefix_weighting != "none":
-            start = modules.prefix_weighting_start
-            start = start if start is not None else self.OPEN if self.gated else 0.0
-            self.values = nn.Parameter(torch.full((sites,), start))
+            self.values = nn.Parameter(torch.full((sites,), self.OPEN if self.gated else 0.0))
 
     def forward(self) -> Tensor | None:
         """(S,), or None where the columns are as the paper has them."""

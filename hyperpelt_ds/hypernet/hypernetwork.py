@@ -54,27 +54,15 @@ class Projector(nn.Module):
         self.rest = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
         self.norm = nn.LayerNorm(config.hyper_size, eps=1e-6) if config.projector_norm else nn.Identity()
         self.scale = config.hyper_scale
-        if config.projector_start == "centred":
-            self._centre(size)
 
     def forward(self, conditions: Tensor, layers: Tensor, blocks: Tensor) -> Tensor:
         """conditions (C, P, d), layers and blocks (S, P or 1, d) -> (S, C, P, E)."""
-        projected: Tensor = self.norm(self._hidden(conditions, layers, blocks))
-        return projected if self.scale == 1 else projected * self.scale
-
-    def _hidden(self, conditions: Tensor, layers: Tensor, blocks: Tensor) -> Tensor:
         sites = self.layer(layers) + self.block(blocks)
         hidden = self.condition(conditions).unsqueeze(0) + sites.unsqueeze(1)
         for linear in self.rest:
             hidden = linear(F.relu(hidden))
-        return hidden
-
-    @torch.no_grad()
-    def _centre(self, size: int) -> None:
-        """Sets the last bias so that the mean over inputs from N(0, 1), from which embeddings are drawn, is zero."""
-        drawn = torch.randn(3, 64, 64, size, generator=torch.Generator().manual_seed(0))
-        mean = self._hidden(drawn[0], drawn[1], drawn[2]).mean((0, 1, 2))
-        (self.rest[-1] if self.rest else self.condition).bias -= mean
+        projected: Tensor = self.norm(hidden)
+        return projected if self.scale == 1 else projected * self.scale
 
 
 class Controller(nn.Module):
