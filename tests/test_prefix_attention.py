@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hyperpelt_ds.kernels.prefix_attention import (
+    CPU,
     AnyPrefix,
     SitePrefix,
     SiteRows,
@@ -88,9 +89,9 @@ def ways(call: Call) -> dict[str, Tensor]:
     }
     if query.shape[1] == key.shape[1]:
         found["explicit"] = explicit(query, key, value, prefixes, added, scale, 0.0)
-        found["merged"] = merged(query, key, value, prefixes, added, scale)
-        found["merged, spread before"] = merged(query, key, value, [spread(p) for p in prefixes], added, scale)
-        found["merged, made before"] = merged(query, key, value, made, added, scale)
+        found["merged"] = merged(CPU, query, key, value, prefixes, added, scale)
+        found["merged, spread before"] = merged(CPU, query, key, value, [spread(p) for p in prefixes], added, scale)
+        found["merged, made before"] = merged(CPU, query, key, value, made, added, scale)
     return found
 
 

@@ -1,7 +1,7 @@
 """Attention in which every sample has its own generated rows before its keys and values.
 
-What each way of computing it is for: `merged` on a CPU, without a copy; `concatenated` where torch's own attention does
-more than parts can (dropout, a trained bias) or the device is another; `explicit` there for rows and a map.
+What each way of computing it is for: `merged` on the devices of MERGED, without a copy; `concatenated` elsewhere, and
+where torch's own attention does more than parts can (dropout, a trained bias); `explicit` there for rows and a map.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from hyperpelt_ds.kernels.prefix_attention.checks import check
 from hyperpelt_ds.kernels.prefix_attention.concatenated import concatenated, join
 from hyperpelt_ds.kernels.prefix_attention.explicit import explicit
+from hyperpelt_ds.kernels.prefix_attention.flash import CPU, CUDA, Flash
 from hyperpelt_ds.kernels.prefix_attention.merged import merged
 from hyperpelt_ds.kernels.prefix_attention.records import (
     AnyPrefix,
@@ -27,7 +28,11 @@ from hyperpelt_ds.kernels.prefix_attention.records import (
 from hyperpelt_ds.kernels.prefix_attention.reference import reference
 
 __all__ = [
+    "CPU",
+    "CUDA",
+    "MERGED",
     "AnyPrefix",
+    "Flash",
     "SitePrefix",
     "SiteRows",
     "Spread",
@@ -41,6 +46,9 @@ __all__ = [
     "spread",
     "spread_of",
 ]
+
+MERGED = {"cpu": CPU}
+"""By device, the kernels whose results are merged. CUDA joins when it has run and won (docs/kernels.md)."""
 
 
 def prefix_attention(
@@ -73,8 +81,10 @@ def prefix_attention(
         query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
     if mask is not None or (bias is not None and bias.dtype != query.dtype):
         bias = score_bias(mask, bias, query.dtype)
-    whole = device == "cpu" and dropout == 0 and not (bias is not None and bias.requires_grad)
-    if not (whole and _merging_pays(query, key, prefixes)):
+    flash = MERGED.get(device)
+    if flash is not None and not _merges(flash, query, prefixes, bias, dropout):
+        flash = None
+    if flash is None or not _merging_pays(flash, query, key, prefixes):
         made = [prefix for prefix in prefixes if isinstance(prefix, SitePrefix)]
         if len(made) == len(prefixes):
             return concatenated(query, key, value, made, bias, scale, dropout)
@@ -85,30 +95,30 @@ def prefix_attention(
             bias = bias.repeat(1, 1, group, 1)
         elif bias is not None:
             bias = bias.reshape(len(bias), key.shape[1], -1, bias.shape[3])
-    if whole:
-        return merged(query, key, value, prefixes, bias, scale).reshape(shape)
+    if flash is not None:
+        return merged(flash, query, key, value, prefixes, bias, scale).reshape(shape)
     return explicit(query, key, value, prefixes, bias, scale, dropout).reshape(shape)
 
 
-def _merging_pays(query: Tensor, key: Tensor, prefixes: Sequence[AnyPrefix]) -> bool:
-    """Merging works on every query, concatenation on every key and row.
+def _merges(flash: Flash, query: Tensor, prefixes: Sequence[AnyPrefix], bias: Tensor | None, dropout: float) -> bool:
+    """Whether the kernels do all that a call asks for."""
+    sizes = [query.shape[3], *(prefix.hyper.shape[2] for prefix in prefixes if isinstance(prefix, SiteRows))]
+    return dropout == 0 and not (bias is not None and bias.requires_grad) and flash.takes(query.dtype, sizes)
 
-    Always in generation, where a token waits for copies. In training as measured on one thread (8 heads of 64, 16
-    samples, forward and backward; time of concatenation over that of merging): 8 queries on 32 keys and 16 rows of one
-    condition 0.97, of eight 1.16; on 64 keys 1.39 and 1.10; 32 queries and keys with 49 rows each 1.2, with 16 rows
-    0.83; 64 and 16 0.93; 256 and 16 0.93.
-    """
-    if not torch.is_grad_enabled():
-        return True
-    return key.shape[2] + sum(prefix[0].shape[1] for prefix in prefixes) > 2 * query.shape[2]
+
+def _merging_pays(flash: Flash, query: Tensor, key: Tensor, prefixes: Sequence[AnyPrefix]) -> bool:
+    """Always in generation, where a token waits for copies."""
+    rows = sum(prefix[0].shape[1] for prefix in prefixes)
+    return not torch.is_grad_enabled() or flash.pays(query.shape[2], key.shape[2], rows)
 
 
 def score_bias(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the scores of real keys: the bias, or the lowest number where a query may not look.
+    """What is added to the scores of real keys: the bias, or a number that hides where a query may not look.
 
-    None for nothing. Not minus infinity: what a query that sees no key gets must stay a number.
+    None for nothing. Not minus infinity: what a query that sees no key gets must stay a number. Half the lowest, since
+    kernels that count in powers of two multiply it by 1.44.
     """
-    lowest = torch.finfo(dtype).min
+    lowest = torch.finfo(dtype).min / 2
     if bias is not None:
         if bias.dtype != dtype:
             bias = bias.to(dtype).clamp(min=lowest)  # what is lowest in one type may be minus infinity in another

@@ -6,15 +6,15 @@ gradients are products of whole matrices. q . b_k is the same for every row and 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-FORWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+from hyperpelt_ds.kernels.prefix_attention.flash import Flash
 
 
-def forward(query: Tensor, hyper: Tensor, weight: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    flash: Flash, query: Tensor, hyper: Tensor, weight: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """query (B, H, T, d), hyper (C, P, E) each for B / C samples in order, weight (2K, E), bias (2K,).
 
     Output (B, T, H, d) and log of the sum (B, T, H) of attention to these rows alone.
@@ -23,7 +23,7 @@ def forward(query: Tensor, hyper: Tensor, weight: Tensor, bias: Tensor, scale: f
     each = query.transpose(1, 2)
     turned = _by(each, maps[0])
     rows = hyper.unsqueeze(1)
-    mean, sums = FORWARD(_rows(turned, hyper).unsqueeze(1), rows, rows, scale=scale)
+    mean, sums = flash.forward(_rows(turned, hyper).unsqueeze(1), rows, rows, None, scale)
     output = _by(mean.reshape(turned.shape), maps[1].mT) + value_bias
     return output, sums.view(turned.shape[:3]) + scale * _wide(each * key_bias).sum(-1)
 

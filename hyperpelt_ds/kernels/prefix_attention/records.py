@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,29 @@ def spread(prefix: AnyPrefix) -> AnyPrefix:
         return prefix._replace(spread=known)
     after = known._replace(condition=None)
     if isinstance(prefix, SiteRows):
-        return prefix._replace(hyper=prefix.hyper.index_select(0, known.condition), spread=after)
-    keys, values = (part.index_select(0, known.condition) for part in prefix[:2])
+        return prefix._replace(hyper=_copied(prefix.hyper, known.condition), spread=after)
+    keys, values = (_copied(part, known.condition) for part in prefix[:2])
     return prefix._replace(keys=keys, values=values, spread=after)
+
+
+def _copied(rows: Tensor, condition: Tensor) -> Tensor:
+    """Each sample's rows (B, P, K) of those of all conditions (C, P, K)."""
+    copied: Tensor = _Copied.apply(rows, condition) if torch.is_grad_enabled() else rows.index_select(0, condition)
+    return copied
+
+
+class _Copied(torch.autograd.Function):
+    """Its gradients are added up by a matrix product: in a fixed order and 32 bits, where CUDA's own would be in any
+    order and the type's."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, condition: Tensor) -> Tensor:
+        ctx.save_for_backward(condition)
+        ctx.conditions = len(rows)
+        return rows.index_select(0, condition)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (condition,) = ctx.saved_tensors
+        users = torch.arange(ctx.conditions, device=condition.device).unsqueeze(1) == condition
+        return (users.to(gradient.dtype) @ gradient.flatten(1)).view(-1, *gradient.shape[1:]), None
