@@ -25,7 +25,7 @@ def forward(
     rows = hyper.unsqueeze(1)
     mean, sums = flash.forward(_rows(turned, hyper).unsqueeze(1), rows, rows, None, scale)
     output = _by(mean.reshape(turned.shape), maps[1].mT) + value_bias
-    return output, sums.view(turned.shape[:3]) + scale * _wide(each * key_bias).sum(-1)
+    return output, sums.reshape(turned.shape[:3]) + scale * _wide(each * key_bias).sum(-1)
 
 
 def backward(
