@@ -76,7 +76,7 @@ def _attach_adapter(sublayer: Sublayer, slot: Slot, place: int, modules: Modules
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs.pop() if parallel else output
-        apply = slot.adapter(place, x.shape[0], modules.adapter_activation)
+        apply = slot.adapter(place, x.shape[0], modules.adapter_activation, sublayer.site.block.in_encoder)
         return apply(x, output) if apply is not None else output
 
     if parallel:

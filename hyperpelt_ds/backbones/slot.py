@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hyperpelt_ds.backbones.prefix_form import Form, by_site
+from hyperpelt_ds.backbones.ragged import Ends
 from hyperpelt_ds.contracts import Branch, Tokens
 from hyperpelt_ds.kernels.adapter import SiteAdapter
 from hyperpelt_ds.kernels.adapter import bind as bind_adapter
@@ -40,6 +41,8 @@ class Slot:
     ) -> None:
         """`lengths` are the queries that a sample has at each prefix site at a time, `form` how prefixes are used."""
         self.tokens = tokens
+        self.ends: Ends | None = None
+        """Where adapters stop, if they are to leave out padding; set after the weights and before the model runs."""
         self._samples = [branch.rows for branch in branches]
         self._prefixes = [by_site(branch.prefix, branch.rows, lengths, form) for branch in branches]
         self._adapters = [_by_site(branch.adapter) for branch in branches]
@@ -103,12 +106,17 @@ class Slot:
         self._remembered = [*self._remembered[1 - REMEMBERED :], (make, given, result)]
         return result
 
-    def adapter(self, site: int, batch: int, activation: str) -> Apply | None:
+    def adapter(self, site: int, batch: int, activation: str, in_encoder: bool) -> Apply | None:
         """What adds the adapters of adapter site `site` to `batch` rows, or None; made once for these weights."""
         key = (site, batch)
         if key not in self._site_adapters:
+            # the same tensor for every branch: those that share their lengths share a launch
+            lengths = None if self.ends is None else self.ends.encoder if in_encoder else self.ends.decoder
             parts = [
-                SiteAdapter(users=self._index_for(number, batch, len(sites[site]["down"])), **sites[site])
+                SiteAdapter(
+                    users=self._index_for(number, batch, len(sites[site]["down"]))._replace(lengths=lengths),
+                    **sites[site],
+                )
                 for number, sites in enumerate(self._adapters)
                 if sites
             ]
