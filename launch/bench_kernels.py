@@ -10,6 +10,9 @@ All systems of a case do the same work on the same numbers, in the same process,
     loop_task     a Python loop over the batch's tasks that generates at every site (HyperFormer's scheme)
     loop_example  a Python loop over samples that generates at every site
     per_token     weights repeated for every token (doc-to-lora's packed scheme); small cases only
+    half_padded   our op where every other sample is padding but for one token, and told so
+
+Attention with prefixes comes with it (prefix_peers.py has its systems, of which `copied` takes the place of `ours`).
 
 The tests of the op run first; if they fail, no speed is printed. `ratio` is the median over rounds of a system's time
 to ours in the same round.
@@ -28,6 +31,7 @@ from typing import Any
 
 from command import run
 from kernel_peers import DEFAULT_PEERS, PEERS, systems
+from prefix_peers import systems as prefix_systems
 from turns import take_turns
 
 STEPS = {
@@ -64,7 +68,7 @@ def bench_kernels(
             first two in gpu10 and full unless given
         tests: run the op's tests first and stop if they fail
     """
-    from hyperpelt_ds.kernels.cases import ADAPTER_CASES, SUITES
+    from hyperpelt_ds.kernels.cases import ADAPTER_CASES, PREFIX_CASES, SUITES
 
     if suite not in SUITES:
         raise ValueError(f"--suite: expected one of {', '.join(SUITES)}, got {suite!r}")
@@ -95,6 +99,12 @@ def bench_kernels(
     for case in ADAPTER_CASES:
         if case.name in SUITES[suite]:
             lines += [{**line, "hardware": about} for line in _case(case, names, rounds, device, dtype, rate)]
+    for prefix_case in PREFIX_CASES:
+        if prefix_case.name in SUITES[suite]:
+            print(prefix_case.name)
+            actions = prefix_systems(prefix_case, device, dtype)
+            made = _compared(prefix_case.name, actions, "copied", rounds, device)
+            lines += [{**line, "hardware": about} for line in made]
     for name in (name for name in steps.split(",") if name) if steps is not None else SUITE_STEPS.get(suite, ()):
         lines += [{**line, "hardware": about} for line in _step(name, rounds, device, dtype, peak)]
     if out:
@@ -109,26 +119,29 @@ def _case(case: Any, peers: tuple[str, ...], rounds: int, device: str, dtype: An
     cost = plan(case, dtype, device, rate)
     assert cost.floor_s is not None
     print(f"{case.name}: {cost}")
-    actions = systems(case, ("ours", *peers), device, dtype)
+    lines = _compared(case.name, systems(case, ("ours", *peers), device, dtype), "ours", rounds, device, cost.floor_s)
+    known = {"flops": cost.flops, "bytes": cost.bytes, "floor_s": cost.floor_s}
+    return [{**line, **known, "of_copy_rate": cost.floor_s / line["median"]} for line in lines]
+
+
+def _compared(
+    case: str, actions: dict[str, Callable[[], None]], base: str, rounds: int, device: str, floor: float | None = None
+) -> list[dict[str, Any]]:
+    """A line for every system, its time beside that of `base` in the same round; printed as they come."""
     times = take_turns(actions, rounds, device)
     lines = []
     for system, seconds in times.items():
-        ratios = [own / ours for own, ours in zip(seconds, times["ours"], strict=True)]
+        ratios = [own / other for own, other in zip(seconds, times[base], strict=True)]
         median, low, high, ratio = statistics.median(seconds), min(seconds), max(seconds), statistics.median(ratios)
-        line: dict[str, Any] = {"case": case.name, "system": system, "metric": "forward_backward_s"}
+        line: dict[str, Any] = {"case": case, "system": system, "metric": "forward_backward_s"}
         line |= {"median": median, "min": low, "max": high}
         line |= {"ratio": ratio, "ratio_min": min(ratios), "ratio_max": max(ratios)}
-        line |= {
-            "flops": cost.flops,
-            "bytes": cost.bytes,
-            "floor_s": cost.floor_s,
-            "of_copy_rate": cost.floor_s / median,
-        }
         line |= _on_gpu(actions[system]) if device == "cuda" else {}
         lines.append(line)
         print(
             f"  {system:13} {median * 1e3:9.2f} ms [{low * 1e3:.2f}, {high * 1e3:.2f}]  "
-            f"x{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]  {cost.floor_s / median:.0%} of the copy rate"
+            f"x{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+            + ("" if floor is None else f"  {floor / median:.0%} of the copy rate")
         )
     return lines
 
@@ -177,7 +190,8 @@ def _on_gpu(action: Callable[[], None]) -> dict[str, int]:
 
 def _step(name: str, rounds: int, device: str, dtype: Any, peak: float) -> list[dict[str, Any]]:
     """A train step of HyperPELT on a T5 of the named shape, eight tasks in the batch: with the op as models get it,
-    with weights copied for every sample, and the frozen model's own forward and backward to its inputs."""
+    with weights copied for every sample, with prefixes merged, and the frozen model's own forward and backward to its
+    inputs."""
     from unittest.mock import patch
 
     import torch
@@ -186,6 +200,7 @@ def _step(name: str, rounds: int, device: str, dtype: Any, peak: float) -> list[
     from hyperpelt_ds.config import Config
     from hyperpelt_ds.contracts import Batch, Sample
     from hyperpelt_ds.kernels import dispatch
+    from hyperpelt_ds.kernels.prefix_attention import CPU, CUDA, MERGED
     from hyperpelt_ds.model import HyperPELT
 
     samples, source, target, shape = STEPS[name]
@@ -219,11 +234,16 @@ def _step(name: str, rounds: int, device: str, dtype: Any, peak: float) -> list[
         with patch.object(dispatch, "choose", lambda *_: "reference"):
             step()
 
+    def merged() -> None:
+        with patch.dict(MERGED, {device: CUDA if device == "cuda" else CPU}):
+            step()
+
     def floor() -> None:
         embedded = frozen.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
         frozen(inputs_embeds=embedded, labels=batch.labels, use_cache=False).loss.backward()
 
-    times = take_turns({"ours": step, "gather": copied, "floor": floor}, rounds, device)
+    actions = {"ours": step, "gather": copied, "merged": merged, "floor": floor}
+    times = take_turns(actions, rounds, device)
     stacks = {"encoder": source, "decoder": target}
     flops = 4 * samples * sum(  # forward, and backward to the inputs: no gradients of frozen matrices
         tokens * sum(p.numel() for n, p in frozen.named_parameters() if n.startswith(stack) and p.ndim == 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-PEERS = ("gather", "compiled", "grouped_mm", "block", "loop_task", "loop_example", "per_token")
+PEERS = ("gather", "compiled", "grouped_mm", "block", "loop_task", "loop_example", "per_token", "half_padded")
 DEFAULT_PEERS = tuple(name for name in PEERS if name != "compiled")
 
 
@@ -71,6 +71,13 @@ def _bodies(case: Any, users: Any) -> dict[str, Callable[..., Any]]:
     def ours(x: Any, *made: Any) -> Any:
         return adapter(x, x, [SiteAdapter._make((*made, users, None, None))], "relu")
 
+    lengths = torch.full_like(users.ids, case.tokens)
+    lengths[::2] = 1
+    ragged = users._replace(lengths=lengths)
+
+    def half_padded(x: Any, *made: Any) -> Any:
+        return adapter(x, x, [SiteAdapter._make((*made, ragged, None, None))], "relu")
+
     def gather(x: Any, *made: Any) -> Any:
         return adapter(x, x, [SiteAdapter._make((*made, users, None, None))], "relu", backend="reference")
 
@@ -107,6 +114,7 @@ def _bodies(case: Any, users: Any) -> dict[str, Callable[..., Any]]:
     return dict(
         ours=ours,
         gather=gather,
+        half_padded=half_padded,
         compiled=torch.compile(gather, dynamic=False),
         grouped_mm=grouped_mm,
         per_token=per_token,

@@ -25,11 +25,16 @@ def test_a_smoke_run_writes_a_line_for_every_system_with_ours_as_one(tmp_path, c
         ("tasks4_B64_S8_m64", "loop_task"),
         ("images_B16_S8_m64", "ours"),
         ("images_B16_S8_m64", "gather"),
-        *(("step tiny", system) for system in ("ours", "gather", "floor")),
+        *(
+            (case, system)
+            for case in ("prefix_tasks4_B8_T8_P4", "prefix_images_B8_T8_P9")
+            for system in ("copied", "merged", "explicit", "absorbed", "none")
+        ),
+        *(("step tiny", system) for system in ("ours", "gather", "merged", "floor")),
     }
     for line in lines:
         assert line["min"] <= line["median"] <= line["max"] and line["hardware"]
-        assert line["ratio"] == 1 or line["system"] != "ours"
+        assert line["ratio"] == 1 or line["system"] not in ("ours", "copied")
     assert "of the copy rate" in capsys.readouterr().out
 
 

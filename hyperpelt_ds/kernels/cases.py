@@ -32,6 +32,29 @@ class AdapterCase(NamedTuple):
         return [sample * self.groups // self.samples for sample in range(self.samples)]
 
 
+class PrefixCase(NamedTuple):
+    """Attention at one site, with prefix rows of C conditions; `conditions` 0 means one for every sample (images)."""
+
+    name: str
+    samples: int
+    queries: int
+    keys: int
+    heads: int
+    size: int
+    rows: int
+    conditions: int
+    hyper: int
+
+    @property
+    def groups(self) -> int:
+        return self.conditions or self.samples
+
+    @property
+    def ids(self) -> list[int]:
+        """The condition of every sample, sorted, in groups as equal as they get."""
+        return [sample * self.groups // self.samples for sample in range(self.samples)]
+
+
 ADAPTER_CASES = (
     AdapterCase("tasks4_B64_S32_m64", 64, 32, 768, 64, 64, 4, 4),  # the acceptance case on a CPU
     AdapterCase("tasks4_B64_S8_m64", 64, 8, 768, 64, 64, 4, 4),
@@ -48,9 +71,19 @@ ADAPTER_CASES = (
     AdapterCase("images_B64_S64_m64_d4096", 64, 64, 4096, 64, 128, 4, 0),
 )
 
+PREFIX_CASES = (
+    PrefixCase("prefix_tasks4_B8_T8_P4", 8, 8, 8, 4, 16, 4, 4, 16),
+    PrefixCase("prefix_images_B8_T8_P9", 8, 8, 8, 4, 16, 9, 0, 16),
+    PrefixCase("prefix_tasks8_B64_T64_P16", 64, 64, 64, 12, 64, 16, 8, 64),
+    PrefixCase("prefix_tasks8_B64_T512_P16", 64, 512, 512, 12, 64, 16, 8, 64),
+    PrefixCase("prefix_images_B64_T20_P49", 64, 20, 20, 12, 64, 49, 0, 64),
+    PrefixCase("prefix_images_B64_T8_S512_P49", 64, 8, 512, 12, 64, 49, 0, 64),  # attention to an encoder
+    PrefixCase("prefix_images_B64_T64_P49_h64", 64, 64, 64, 64, 64, 49, 0, 128),
+)
+
 SUITES = {
-    "smoke": ("tasks4_B64_S8_m64", "images_B16_S8_m64"),
+    "smoke": ("tasks4_B64_S8_m64", "images_B16_S8_m64", *(case.name for case in PREFIX_CASES[:2])),
     "cpu": tuple(case.name for case in ADAPTER_CASES[:6]),
-    "gpu10": tuple(case.name for case in ADAPTER_CASES[6:]),
-    "full": tuple(case.name for case in ADAPTER_CASES),
+    "gpu10": tuple(case.name for case in (*ADAPTER_CASES[6:], *PREFIX_CASES[2:])),
+    "full": tuple(case.name for case in (*ADAPTER_CASES, *PREFIX_CASES)),
 }
