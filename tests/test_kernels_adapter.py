@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hyperpelt_ds.kernels import adapter, index_batch, low_rank
 from hyperpelt_ds.kernels.adapter import SiteAdapter
 from hyperpelt_ds.kernels.adapter.plan import plan
-from hyperpelt_ds.kernels.cases import ADAPTER_CASES, SUITES
+from hyperpelt_ds.kernels.cases import ADAPTER_CASES, PREFIX_CASES, SUITES
 from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError, KernelUnavailableError
 from hyperpelt_ds.kernels.index import Span, index_on_device
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
@@ -209,7 +209,8 @@ def test_a_backend_that_cannot_run_the_call_is_never_replaced():
 
 
 def test_suites_name_cases_that_exist():
-    assert {name for names in SUITES.values() for name in names} <= {case.name for case in ADAPTER_CASES}
+    cases = [case.name for case in (*ADAPTER_CASES, *PREFIX_CASES)]
+    assert {name for names in SUITES.values() for name in names} == set(cases) and len(set(cases)) == len(cases)
 
 
 def test_a_plan_counts_what_moves_and_says_what_runs():

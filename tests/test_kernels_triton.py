@@ -100,18 +100,8 @@ def _entry(kind: str, tokens: int, narrow: int, branches: int, dtype: str, arch:
 
 # Stack bytes that ptxas 12.9 takes though registers are left, by (kind, tokens, bottleneck, branches, dtype, arch).
 STACK: dict[tuple[object, ...], int] = {
-    ("forward", 32, 24, 1, "fp32", 90): 8,
-    ("forward", 64, 64, 2, "fp32", 90): 8,
-    ("input", 16, 256, 1, "fp32", 90): 8,
-    ("input", 16, 64, 2, "fp32", 90): 8,
-    ("input", 32, 128, 2, "bf16", 90): 8,
     ("input", 32, 24, 2, "bf16", 80): 8,
     ("input", 32, 64, 1, "bf16", 80): 8,
-    ("input", 32, 64, 2, "fp32", 90): 8,
-    ("input", 64, 128, 1, "fp32", 90): 16,
-    ("input", 64, 128, 2, "bf16", 90): 8,
-    ("input", 64, 64, 2, "fp32", 80): 24,
-    ("weight", 64, 24, 1, "bf16", 80): 8,
 }
 
 

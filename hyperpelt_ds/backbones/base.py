@@ -51,7 +51,7 @@ class Backbone:
         self.prefix_form = prefix_form
         self.skips_padding: bool | None = None
         """Whether adapters leave out what is behind a sample's last token; None is where kernels then do less, on GPUs.
-        A CPU would make it and multiply by 0: 1.1 to 1.3 times as long with half the tokens padding."""
+        A CPU would make it and multiply by 0: 1.05 to 1.3 times as long with half the tokens padding."""
         self.model, self.tokenizer, self.trainable = model, tokenizer, trainable
         self.modules = modules if modules is not None else ModulesConfig()
         self.slot = Slot()

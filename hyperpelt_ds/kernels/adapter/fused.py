@@ -44,15 +44,19 @@ def token_tile(tokens: int, narrow: int, branches: int, item: int) -> Tile:
     """The tile of the kernels that own a sample's tokens; `narrow` is the padded bottleneck, `item` bytes a number."""
     wide = narrow * branches
     rows = 16 if tokens <= 16 else 32 if tokens <= 32 or wide >= 256 else 64
-    columns = 64 if wide <= 128 and item == 2 else 32 if wide * item < 2048 else 16
-    return Tile(rows, columns, 8 if wide >= 128 and rows >= 32 else 4, 2 if wide >= 256 else 3)
+    warps = 8 if wide >= 128 and rows >= 32 else 4
+    if item == 4:
+        return Tile(rows, 32 if wide < 128 else 16, warps, 2)
+    return Tile(rows, 64 if wide <= 128 else 32, warps, 2 if wide > 256 else 3)
 
 
 def weight_tile(narrow: int, item: int) -> Tile:
     """The tile of the kernel that owns a slice of a condition's weights."""
     if item == 4:
         return Tile(32 if narrow <= 32 else 16, 32 if narrow <= 64 else 16, 8 if narrow >= 64 else 4, 2)
-    return Tile(64, 64, 4 if narrow <= 64 else 8, 2) if narrow <= 128 else Tile(32, 32, 8, 2)
+    if narrow > 128:
+        return Tile(32, 32, 8, 2)
+    return Tile(64, 64, 4, 3) if narrow <= 64 else Tile(64, 64, 8, 2)
 
 
 def splits(groups: int, columns: int, tokens: int, tile: Tile) -> int:
