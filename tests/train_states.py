@@ -1,8 +1,9 @@
 """Trains a small network of odd sizes and takes its state from folder to folder, many times in one process group.
 
 python or deepspeed tests/train_states.py JOBS.json, where JOBS is a list of {"settings": a DeepSpeed configuration,
-"optimizer": "adamw" or "sgd", "load": a checkpoint or null, "saves": [[steps, run_dir], ...]}. A job that loads first asserts
-that the engine then holds, bit for bit, what the files say. Every save has its losses beside it, in losses.json.
+"optimizer": "adamw" or "sgd", "dropout": a share, "load": a checkpoint or null, "saves": [[steps, run_dir], ...]}. A
+job that loads starts from other weights, and asserts that it then holds, bit for bit, what the files say. Every save
+has its losses beside it, in losses.json.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ STREAM = StreamState(0, {}, 1, 8, 24, {})
 class Network(nn.Module):
     """Two groups of parameters, none of a size that ranks could share evenly, one alone, and a frozen one."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
         self.table = nn.Embedding(3, 5)
         self.norm = nn.LayerNorm(5)
         self.frozen = nn.Linear(5, 5).requires_grad_(False)
         self.inner = nn.Linear(5, 7)
-        self.dropout = nn.Dropout(0.3)
+        self.dropout = nn.Dropout(dropout)
         self.outer = nn.Linear(7, 1, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -45,8 +46,8 @@ class Network(nn.Module):
 
 
 def start(job: dict[str, Any], settings: Path) -> engine.Engine:
-    torch.manual_seed(job.get("seed", 0))
-    model = Network()
+    torch.manual_seed(1 if job["load"] else 0)
+    model = Network(job["dropout"])
     randomness.seed(7, dist.rank())
     if job["optimizer"] == "adamw":
         return engine.start(model, CONFIG, settings)
