@@ -21,7 +21,7 @@ MANIFEST = "MANIFEST.json"
 
 
 def write_folder(folder: Path, contents: Mapping[str, Any], about: dict[str, Any] | None) -> None:
-    """Writes `contents`, in place of what there is: file name -> tensors by name for .safetensors, else a JSON-able tree.
+    """Writes `contents`, in place of what there is: file name -> tensors for .safetensors, else a JSON-able tree.
 
     With `about`, a manifest holds it and every file's size and sha256. On OSError the half-written folder is removed.
     """
