@@ -79,6 +79,8 @@ def compare(wrapped: engine.Engine, folder: Path) -> None:
     assert wrapped.learning_rate() == state["training"]["schedule"]["_last_lr"][0]
     assert now.counters["schedule"] == state["training"]["schedule"]
     assert now.counters["updates"] == state["training"]["updates"] and len(now.counters["updates"]) in (0, 6)
+    if wrapped.precision and wrapped.precision == state["precision"]:
+        assert now.counters["loss_scale"] == state["training"]["loss_scale"]
     with deepspeed.zero.GatheredParameters(list(wrapped.model.parameters()), enabled=wrapped.stage == 3):
         used = {name: parameter.detach().clone() for name, parameter in wrapped.model.named_parameters()}
     if dist.rank() > 0:

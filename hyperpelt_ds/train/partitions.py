@@ -95,8 +95,7 @@ def restore(engine: Any, snapshot: Snapshot) -> None:
     for group, rate in zip(engine.basic_optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     engine.global_steps, engine.skipped_steps = counters["steps"], counters["skipped"]
-    if counters["loss_scale"] is not None and (scaler := _scaler(engine)) is not None:
-        vars(scaler).update(counters["loss_scale"])
+    _put_loss_scale(engine, counters["loss_scale"])
 
 
 def _trainables(engine: Any) -> list[tuple[str, Tensor]]:
@@ -202,12 +201,24 @@ def _put(engine: Any, parameter: Any, value: Tensor, kind: str | None = None) ->
         engine.basic_optimizer.state[parameter][kind].copy_(value)
 
 
-def _scaler(engine: Any) -> Any:
-    """What adapts float16's loss scale, if anything does."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return scaler if scaler is not None and scaler.dynamic else None
+def _scalers(engine: Any) -> tuple[Any, Any]:
+    """What adapts float16's loss scale, DeepSpeed's and, under autocast, torch's; None where nothing does."""
+    own = getattr(engine.optimizer, "loss_scaler", None)
+    autocast = getattr(engine.optimizer, "torch_autocast_gradscaler", None) or engine.torch_autocast_z0_gradscaler
+    return own if own is not None and own.dynamic else None, autocast
 
 
-def _loss_scale(engine: Any) -> dict[str, float] | None:
-    scaler = _scaler(engine)
-    return scaler and {name: value for name, value in vars(scaler).items() if name.startswith(("cur_", "last_"))}
+def _loss_scale(engine: Any) -> dict[str, Any]:
+    own, autocast = _scalers(engine)
+    numbers = vars(own) if own is not None else {}
+    changing = {name: value for name, value in numbers.items() if name.startswith(("cur_", "last_"))}
+    return {"deepspeed": changing, "autocast": autocast.state_dict() if autocast is not None else {}}
+
+
+def _put_loss_scale(engine: Any, saved: dict[str, Any]) -> None:
+    """A scaler that the saved state did not have starts as it does in a new run."""
+    own, autocast = _scalers(engine)
+    if own is not None:
+        vars(own).update(saved["deepspeed"])
+    if autocast is not None and saved["autocast"]:
+        autocast.load_state_dict(saved["autocast"])
