@@ -34,7 +34,7 @@ RANKS = {
 ALLOWED_EDGES = {("vision", "backbones"), ("export", "model")}
 ONLY_IN = {
     "transformers": ("hyperpelt_ds/backbones/", "data_prep/", "launch/bench_data.py", "launch/bench_adapters.py"),
-    "deepspeed": ("hyperpelt_ds/train/engine.py",),
+    "deepspeed": ("hyperpelt_ds/train/engine.py", "hyperpelt_ds/train/partitions.py"),
     "triton": ("hyperpelt_ds/kernels/",),
     "webdataset": ("hyperpelt_ds/data/", "launch/bench_data.py"),
     "datasets": ("data_prep/",),

@@ -61,6 +61,8 @@ def test_the_same_fact_with_different_values_is_an_error_that_names_both(tmp_pat
     ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is not allowed here, the recipe owns it"),
     ({"zero_optimisation": {"stage": 2}}, "unknown key 'zero_optimisation'; did you mean zero_optimization"),
     ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto"'),
+    ({"checkpoint": {"load_universal": True}}, "unknown key 'checkpoint'"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is 'nvme'"),
     ("{not json", "not valid JSON"),
     ("[1]", "expected an object"),
 ])  # fmt: skip

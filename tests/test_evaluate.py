@@ -394,7 +394,7 @@ def test_a_validation_without_a_damaged_task_never_replaces_the_best(run_dir, co
     _hurt(copied, "vqa_v2", "validation")
     predictor = load(run_dir)
     # neither the engine nor the stream is used where no weights are saved
-    run = loop.Run(predictor.config, tmp_path, Manifest.load(copied), predictor.model, None, None, "")
+    run = loop.Run(predictor.config, tmp_path, Manifest.load(copied), predictor.model, None, None, None)
     before = checkpoint.Progress(3, StreamState(0, {}, 1, 8, 24, {}), best_score=-1.0, stale=1)
     writer = Writer(tmp_path, 0)
     with pytest.warns(UserWarning, match="can be used: vqa_v2"):

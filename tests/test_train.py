@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import overrides
 from damage import damage
 from safetensors.torch import load_file
 
@@ -103,6 +104,22 @@ def test_two_ranks_train_as_one_process_does(alone, train_on_two_ranks, config, 
     one, two = figures(alone.run, "train/loss"), figures(tmp_path / "run", "train/loss")
     assert two == pytest.approx(one, rel=1e-5)
     assert distance(final_weights(tmp_path / "run"), final_weights(alone.run)) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_at_stage_2_goes_on_in_one_process_at_stage_3(
+    alone, train_on_two_ranks, run_python, config, tmp_path
+):
+    run_dir = tmp_path / "run"
+    train_on_two_ranks(config, 2, run_dir)
+    shutil.rmtree(run_dir / "step_00000009")
+    command = ("launch/train.py", "--recipe", "demo", "--ds_config", "ds_configs/zero3_cpu.json", "--resume")
+    done = run_python("python", *command, "--run_dir", run_dir, *overrides(config))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "saved with processes 2, this run has 1" in done.stdout + done.stderr
+    assert "saved with ZeRO stage 2, this run has 3" in done.stdout + done.stderr
+    assert figures(run_dir, "train/loss") == pytest.approx(figures(alone.run, "train/loss"), rel=1e-5)
+    assert distance(final_weights(run_dir), final_weights(alone.run)) < 1e-4
 
 
 def test_the_engine_trains_as_plain_torch_does(alone, config):

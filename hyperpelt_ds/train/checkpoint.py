@@ -1,44 +1,49 @@
-"""Checkpoints of the trainables: written whole or not at all, verified before they are trusted.
+"""Checkpoints: one format for every ZeRO stage and world size, committed whole or not at all, verified before use.
 
-    run_dir/step_00000100/   weights.safetensors   fp32, by parameter name, gathered from any ZeRO stage
-                             deepspeed/            the engine's own state: optimizer and schedule
-                             rank_0.json ...       random number generators of each rank
-                             state.json            step, data position, best score, what the run was
-                             MANIFEST.json         size and sha256 of every file above, written last
+    run_dir/step_00000100/   weights.safetensors   fp32, by parameter name
+                             moments.safetensors   the optimizer's, fp32, by its name for them and parameter name
+                             random.json           random number generators of each rank
+                             state.json            step, data position, best score, counters, what the run was
+                             MANIFEST.json         format, step, size and sha256 of every file above, written last
     run_dir/LATEST           name of the newest folder
     run_dir/best/            weights.safetensors and score.json of the best validation
 
-This file must not know how training works, nor what DeepSpeed writes into its folder.
+docs/checkpoints.md says what may change when a run goes on. This file must not know how training works, what an engine
+keeps where, nor how a file gets to the disk.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
 import json
-import logging
-import os
-import random
-import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
 from hyperpelt_ds import config as configuration
 from hyperpelt_ds import dist
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import StreamState
+from hyperpelt_ds.train import commit, randomness
 from hyperpelt_ds.train.engine import Engine
+from hyperpelt_ds.train.partitions import Snapshot
+
+FORMAT = 2
+"""To be raised when older code could not read what is written, or newer code not what was."""
 
 WEIGHTS = "weights.safetensors"
+MOMENTS = "moments.safetensors"
+RANDOM = "random.json"
 STATE = "state.json"
-MANIFEST = "MANIFEST.json"
 LATEST = "LATEST"
+BEST = "best"
+
+MOST_FAILURES = 3
+"""So many checkpoints in a row that cannot be written stop a run."""
 
 # What may differ between a run and its continuation: places (what lies there is checked by content), when things
 # happen, and how a step's work is cut up. All else would quietly make it another run; so would the number of steps,
@@ -67,7 +72,7 @@ _FREE_TO_CHANGE = [
     "transfer.init_from",
 ]
 
-log = logging.getLogger(__name__)
+log = dist.logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,53 +89,78 @@ class Progress:
     seconds: float = 0.0
 
 
-def save(run_dir: Path, engine: Engine, progress: Progress, config: Config, backbone: str) -> Path:
-    """Writes the checkpoint of `progress.step`, then removes all but the newest train.keep_checkpoints.
+class Saver:
+    """Writes a run's checkpoints: a save waits for the copy to rank 0's host, a thread there does the rest.
 
-    `backbone` is the fingerprint of the frozen weights. A folder appears under its name only when it is complete.
+    Every rank makes one and calls its methods together. A disk that is full or fails costs a checkpoint and a warning;
+    what was there before stays. `backbone` is the fingerprint of the frozen weights.
     """
-    folder = run_dir / f"step_{progress.step:08d}"
-    partial = folder.with_suffix(".partial")
-    if dist.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save(partial / "deepspeed")
-    weights = engine.weights()
-    (partial / f"rank_{dist.rank()}.json").write_text(json.dumps(_random_state()))
-    dist.barrier()
-    if dist.rank() == 0:
-        save_file(weights, partial / WEIGHTS)
+
+    def __init__(self, run_dir: Path, config: Config, backbone: str):
+        self._run_dir, self._config, self._backbone = run_dir, config, backbone
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._failures = 0
+        if dist.rank() == 0:
+            commit.recover(run_dir / BEST)
+            commit.tidy(run_dir)
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Begins to write the checkpoint of `progress.step`, once the one before is written.
+
+        Raises OSError on every rank if that was the third in a row that could not be.
+        """
+        self._settle()
+        snapshot = engine.snapshot()
         state = {
             "progress": dataclasses.asdict(progress),
+            "training": snapshot.counters,
             "world_size": dist.world_size(),
             "zero_stage": engine.stage,
             "precision": engine.precision,
-            "backbone": backbone,
-            "config": configuration.to_dict(config),
+            "backbone": self._backbone,
+            "config": configuration.to_dict(self._config),
         }
-        _write_json(partial / STATE, state)
-        _write_json(partial / MANIFEST, {"files": {str(f.relative_to(partial)): _sum(f) for f in _files(partial)}})
-        _replace_folder(partial, folder)
-        _replace_text(run_dir / LATEST, folder.name)
-        for old in _folders(run_dir)[config.train.keep_checkpoints :]:
-            if old < folder:
-                shutil.rmtree(old)
-    dist.barrier()
-    return folder
+        generators = dist.gather(randomness.state())
+        write = _commit if dist.rank() == 0 else _nothing
+        folder = self._run_dir / _name(progress.step)
+        keep = self._config.train.keep_checkpoints
+        self._writing = self._thread.submit(write, folder, snapshot, generators, state, keep)
 
+    def save_best(self, engine: Engine, step: int, score: float, scores: dict[str, dict[str, float]]) -> bool:
+        """Replaces run_dir/best by the weights as they are now; whether that could be written. Waits for it."""
+        weights = engine.weights()
+        fault = None
+        if dist.rank() == 0:
+            try:
+                score_of = {"step": step, "score": score, "tasks": scores}
+                commit.write_folder(self._run_dir / BEST, {WEIGHTS: weights, "score.json": score_of}, None)
+            except OSError as error:
+                fault = str(error)
+                log.warning("the best weights, of step %d, could not be written: %s", step, fault)
+        return dist.gather(fault)[0] is None
 
-def save_best(run_dir: Path, engine: Engine, step: int, score: float, scores: dict[str, dict[str, float]]) -> None:
-    """Replaces run_dir/best by the weights as they are now."""
-    weights = engine.weights()
-    if dist.rank() == 0:
-        partial = run_dir / "best.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(weights, partial / WEIGHTS)
-        _write_json(partial / "score.json", {"step": step, "score": score, "tasks": scores})
-        _replace_folder(partial, run_dir / "best")
-    dist.barrier()
+    def close(self) -> None:
+        """Waits for the last checkpoint; raises OSError on every rank if it could not be written."""
+        self._settle()
+        self._thread.shutdown()
+        if self._failures:
+            raise OSError(f"{self._run_dir}: the last checkpoint could not be written; --resume goes on before it")
+
+    def _settle(self) -> None:
+        """Waits for what is being written; what went wrong, every rank learns."""
+        if self._writing is None:
+            return
+        error = self._writing.exception()
+        self._writing = None
+        fault, survivable = dist.gather((error and repr(error), isinstance(error, OSError)))[0]
+        if fault is not None and not survivable:
+            raise RuntimeError(f"{self._run_dir}: writing a checkpoint failed: {fault}") from error
+        self._failures = self._failures + 1 if fault else 0
+        if fault:
+            log.warning("%s: a checkpoint could not be written, %d in a row: %s", self._run_dir, self._failures, fault)
+        if self._failures == MOST_FAILURES:
+            raise OSError(f"{self._run_dir}: {self._failures} checkpoints in a row could not be written: {fault}")
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -157,7 +187,7 @@ def check(
     folder: Path, config: Config, backbone: str, world_size: int, zero_stage: int, precision: dict[str, Any]
 ) -> None:
     """Raises ValueError naming what differs if a verified checkpoint cannot be continued by the run described: another
-    backbone, task list, configuration, number of ranks, ZeRO stage or precision."""
+    backbone, task list or configuration. Another number of ranks, ZeRO stage or precision is logged."""
     state = _read_state(folder)
     if state["backbone"] != backbone:
         raise ValueError(
@@ -180,18 +210,46 @@ def check(
         ("precision", state["precision"], precision),
     ):
         if old != new:
-            raise ValueError(f"{folder} was saved with {what} {old}, this run has {new}; resume it with {old}")
+            log.info("%s was saved with %s %s, this run has %s", folder, what, old, new)
 
 
-def load(folder: Path, engine: Engine) -> Progress:
-    """Restores engine and random state from a checkpoint that passed `newest` and `check`; where the run stood."""
-    engine.load(folder / "deepspeed")
-    _restore_random_state(json.loads((folder / f"rank_{dist.rank()}.json").read_text()))
-    progress = _read_state(folder)["progress"]
-    fields = {field.name for field in dataclasses.fields(StreamState)}
-    if set(progress["stream"]) != fields:
-        raise ValueError(f"{folder} was written by an older version: its data position cannot be read; start a new run")
+def load(folder: Path, engine: Engine, seed: int) -> Progress:
+    """Restores engine and random state from a checkpoint that passed `newest` and `check`; where the run stood.
+
+    On another number of ranks, random numbers are drawn from `seed`, the step and the rank: dropout is another.
+    """
+    state = _read_state(folder)
+    moments: dict[str, dict[str, Tensor]] = {}
+    for place, tensor in load_file(folder / MOMENTS).items():
+        kind, name = place.split("/", 1)
+        moments.setdefault(kind, {})[name] = tensor
+    engine.restore(Snapshot(load_file(folder / WEIGHTS), moments, state["training"]))
+    progress = state["progress"]
+    generators = json.loads((folder / RANDOM).read_text())
+    if len(generators) == dist.world_size():
+        randomness.restore(generators[dist.rank()])
+    else:
+        randomness.seed(seed, progress["step"], dist.world_size(), dist.rank())
     return Progress(**{**progress, "stream": StreamState(**progress["stream"])})
+
+
+def _commit(folder: Path, snapshot: Snapshot, generators: list[Any], state: dict[str, Any], keep: int) -> None:
+    """Writes a checkpoint, says so in LATEST, and lets go of older ones.
+
+    Where it stops, killed or for an OSError, the run has the checkpoints it had before, or one more.
+    """
+    moments = {f"{kind}/{name}": moment for kind, own in snapshot.moments.items() for name, moment in own.items()}
+    contents = {WEIGHTS: snapshot.weights, MOMENTS: moments, RANDOM: generators, STATE: state}
+    commit.write_folder(folder, contents, {"format": FORMAT, "step": state["progress"]["step"]})
+    commit.replace_text(folder.parent / LATEST, folder.name)
+    for old in _folders(folder.parent)[keep:]:
+        if old < folder:
+            commit.remove(old)
+    log.info("%s is written", folder)
+
+
+def _nothing(*_: Any) -> None:
+    """What the other ranks write."""
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -213,78 +271,21 @@ def _folders(run_dir: Path) -> list[Path]:
     return sorted((f for f in run_dir.glob("step_*") if f.is_dir() and not f.suffix), reverse=True)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def _sum(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
-
-
 def _fault(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text())["files"]
-        for name in (WEIGHTS, STATE):
-            if name not in listed:
-                return f"{MANIFEST} does not list {name}"
-        for name, expected in listed.items():
-            file = folder / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != expected["size"]:
-                return f"{name} has {file.stat().st_size} bytes, expected {expected['size']}"
-            if _sum(file) != expected:
-                return f"{name} has another sha256"
+        manifest = commit.read_manifest(folder)
+        if manifest.get("format", 1) != FORMAT:
+            return f"it has format {manifest.get('format', 1)}, this version reads format {FORMAT}"
+        if folder.name != _name(manifest["step"]):
+            return f"{commit.MANIFEST} is of step {manifest['step']}"
+        for name in (WEIGHTS, MOMENTS, RANDOM, STATE):
+            if name not in manifest["files"]:
+                return f"{commit.MANIFEST} does not list {name}"
+        return commit.fault(folder, manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    return None
+        return f"{commit.MANIFEST} cannot be read: {error}"
 
 
-def _random_state() -> dict[str, Any]:
-    version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "torch": _encode(torch.get_rng_state()),
-        "cuda": _encode(torch.cuda.get_rng_state()) if dist.has_gpu() else None,
-    }
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(_decode(state["torch"]))
-    if state["cuda"] is not None and dist.has_gpu():
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-
-
-def _encode(tensor: torch.Tensor) -> str:
-    return base64.b64encode(tensor.numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-def _write_json(path: Path, tree: Any) -> None:
-    path.write_text(json.dumps(tree, indent=1) + "\n")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n")
-    os.replace(partial, path)
-
-
-def _replace_folder(new: Path, place: Path) -> None:
-    """Renames `new` to `place`; what was there (an older best, a rejected checkpoint) goes first."""
-    old = place.with_name(place.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+def _name(step: int) -> str:
+    return f"step_{step:08d}"

@@ -1,4 +1,4 @@
-"""DeepSpeed, behind one small class: the only file that imports it or asks for the ZeRO stage.
+"""DeepSpeed, behind one small class. Only this file and partitions.py import it or ask for the ZeRO stage.
 
 Here the recipe meets the DeepSpeed JSON, ranks find each other, and the trainables, an optimizer and a schedule become
 an engine. This file must not know what a task, a batch's content or a checkpoint's layout is.
@@ -29,12 +29,12 @@ from hyperpelt_ds import dist
 from hyperpelt_ds.config import Config, TrainConfig
 from hyperpelt_ds.data import batching
 from hyperpelt_ds.data.order import lane_count
-
-STATE_TAG = "state"
+from hyperpelt_ds.train import partitions
+from hyperpelt_ds.train.partitions import Snapshot
 
 # What a run may say to DeepSpeed. DeepSpeed ignores a top-level key that it does not know, so a misspelt section would
 # silently train something else. Left out on purpose: optimizer and scheduler (the recipe's), amp, elasticity, data
-# efficiency (they assume its own data loader), monitors (train/metrics.py writes).
+# efficiency (they assume its own data loader), monitors (train/metrics.py writes), checkpoint (train/checkpoint.py).
 _SECTIONS = [
     "zero_optimization",
     "bf16",
@@ -44,8 +44,6 @@ _SECTIONS = [
     "communication_data_type",
     "prescale_gradients",
     "gradient_predivide_factor",
-    "checkpoint",
-    "aio",
     "comms_logger",
     "flops_profiler",
     "wall_clock_breakdown",
@@ -59,10 +57,9 @@ _SECTIONS = [
 _PRECISION = ["bf16", "fp16", "torch_autocast", "data_types"]
 
 # For a JSON that does not mention them. DeepSpeed's own defaults are: accumulate in the model's type (bf16 loses small
-# gradients), only warn when ranks save under different tags, and default process printing.
+# gradients), and default process printing.
 _DEFAULTS: dict[str, Any] = {
     "data_types": {"grad_accum_dtype": "fp32"},
-    "checkpoint": {"tag_validation": "Fail"},
     "steps_per_print": 2**31,
 }
 
@@ -102,7 +99,7 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON at `path` with every "auto" filled from the recipe.
 
     Raises ValueError for a missing or broken file, an unknown section, a section that the recipe owns, the same fact
-    given in both places with different values, and full fine-tuning at ZeRO stage 3.
+    given in both places with different values, full fine-tuning at ZeRO stage 3, and offload to NVMe.
     """
     tree = _read(Path(path))
     train = config.train
@@ -138,6 +135,11 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
             f"{path}: {halved[0]} rounds frozen weights too, so that tasks that are not trained would change "
             f"(transfer.train='embeddings'); use torch_autocast instead"
         )
+    for offload in ("offload_optimizer", "offload_param"):
+        if tree.get("zero_optimization", {}).get(offload, {}).get("device") == "nvme":
+            raise ValueError(
+                f"{path}: zero_optimization.{offload}.device is 'nvme', which no checkpoint holds; use 'cpu'"
+            )
     for name in _autos(tree):
         raise ValueError(f'{path}: {name} is "auto", but the recipe has no value for it; give one')
     return {**_DEFAULTS, **tree}
@@ -220,27 +222,19 @@ class Engine:
         return float(self._engine.get_lr()[0])
 
     def weights(self) -> dict[str, Tensor]:
-        """Every trainable in full and fp32, by parameter name, on rank 0's host; {} on the other ranks."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        """Every parameter in full and fp32, by name, on rank 0's host; {} on the other ranks."""
+        return partitions.gather_weights(self._engine)
 
-        gathered: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            with _deepspeed().zero.GatheredParameters([parameter], enabled=full is None and self.stage == 3):
-                full = parameter.detach().float() if full is None else full  # stage 0, and what is frozen: no copy
-            if dist.rank() == 0:
-                gathered[name] = full.detach().to("cpu", copy=True).contiguous()
-        return gathered
+    def snapshot(self) -> Snapshot:
+        """The training state between two steps; the other ranks get no tensors. Waits for the copy to rank 0's host."""
+        return partitions.gather(self._engine)
 
-    def save(self, folder: Path) -> None:
-        """DeepSpeed's own state: weights, optimizer and schedule, in as many files as there are ranks."""
-        self._engine.save_checkpoint(str(folder), tag=STATE_TAG, save_latest=False)
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on from a snapshot, whole on every rank, of whatever stage, world size and precision it was.
 
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote under the same world size and stage. It unpickles: verify the files first."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=STATE_TAG)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed did not load {folder / STATE_TAG}")
+        Raises ValueError if it is of other parameters.
+        """
+        partitions.restore(self._engine, snapshot)
 
 
 def start(model: nn.Module, config: Config, ds_config_path: str | Path) -> Engine:

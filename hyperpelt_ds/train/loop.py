@@ -6,19 +6,16 @@ The only place that knows about steps. It must not know DeepSpeed, files inside 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import platform
-import random
 import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from hyperpelt_ds import config as configuration
@@ -31,8 +28,8 @@ from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.plain import PlainStream, train_stream
 from hyperpelt_ds.model import IDENTITY, HyperPELT, build, description_sample, identity_of
-from hyperpelt_ds.train import checkpoint, engine, evaluate, transfer
-from hyperpelt_ds.train.checkpoint import Progress
+from hyperpelt_ds.train import checkpoint, engine, evaluate, randomness, transfer
+from hyperpelt_ds.train.checkpoint import Progress, Saver
 from hyperpelt_ds.train.engine import Engine
 from hyperpelt_ds.train.ledger import Ledger
 from hyperpelt_ds.train.metrics import Window, Writer
@@ -50,7 +47,7 @@ class Run:
     model: HyperPELT
     engine: Engine
     stream: TrainStream | PlainStream
-    backbone: str
+    saver: Saver
 
 
 def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bool = False) -> HyperPELT:
@@ -80,7 +77,7 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
         decided = transfer.start(model, config, manifest)
     transfer.freeze(model, config)
     wrapped = engine.start(model, config, ds_config)
-    _seed(config.train.seed)
+    randomness.seed(config.train.seed, dist.rank())  # each rank its own dropout
     saved = _resume(folder, wrapped, config, backbone)
     stream = train_stream(
         manifest,
@@ -106,7 +103,7 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
         if decided is not None:
             transfer.write_decisions(folder, decided)
         (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
-    _steps(Run(config, folder, manifest, model, wrapped, stream, backbone), progress)
+    _steps(Run(config, folder, manifest, model, wrapped, stream, Saver(folder, config, backbone)), progress)
     if config.transfer.train == "embeddings" and dist.rank() == 0:
         for file in transfer.write_task_files(folder, model, config):
             log.info("%s: %d bytes, to be added to %s", file, file.stat().st_size, config.transfer.init_from)
@@ -165,7 +162,7 @@ def _resume(folder: Path, wrapped: Engine, config: Config, backbone: str) -> Pro
         return None
     checkpoint.check(found, config, backbone, dist.world_size(), wrapped.stage, wrapped.precision)
     log.info("resuming from %s", found)
-    return checkpoint.load(found, wrapped)
+    return checkpoint.load(found, wrapped, config.train.seed)
 
 
 def _steps(run: Run, progress: Progress) -> None:
@@ -219,7 +216,8 @@ def _steps(run: Run, progress: Progress) -> None:
             if step % train.eval_every == 0 or last:
                 progress = _validate(run, progress, writer)
             if step % train.save_every == 0 or last or _exhausted(progress, train.patience):
-                checkpoint.save(run.folder, run.engine, progress, run.config, run.backbone)
+                run.saver.save(run.engine, progress)
+    run.saver.close()
     writer.close()
     log.info("%s: finished at step %d, best validation score %s", run.folder, progress.step, progress.best_score)
 
@@ -238,11 +236,12 @@ def _validate(run: Run, progress: Progress, writer: Writer) -> Progress:
     if any(run.manifest.count(name, VALIDATION) for name in run.config.trained_tasks if name not in scores):
         # The mean is over other tasks than the best's. Without a best, these weights are better than none.
         if progress.best_score is None:
-            checkpoint.save_best(run.folder, run.engine, progress.step, mean, scores)
+            run.saver.save_best(run.engine, progress.step, mean, scores)
         return progress
     if progress.best_score is not None and mean <= progress.best_score:
         return dataclasses.replace(progress, stale=progress.stale + 1)
-    checkpoint.save_best(run.folder, run.engine, progress.step, mean, scores)
+    if not run.saver.save_best(run.engine, progress.step, mean, scores):
+        return progress
     return dataclasses.replace(progress, best_score=mean, stale=0)
 
 
@@ -286,14 +285,6 @@ def _claim(folder: Path, resume: bool) -> None:
     used = folder.is_dir() and any(folder.iterdir())
     if used and not resume:
         raise ValueError(f"run_dir {folder} is not empty; give --resume to continue it, or another run_dir")
-
-
-def _seed(seed: int) -> None:
-    """Each rank its own dropout. Hashed, so that seeds 0 and 1 on ranks 1 and 0 are not the same stream."""
-    own = int.from_bytes(hashlib.sha256(f"{seed}/{dist.rank()}".encode()).digest()[:4])
-    random.seed(own)
-    np.random.seed(own)
-    torch.manual_seed(own)
 
 
 def _environment() -> dict[str, object]:
