@@ -1,4 +1,5 @@
-"""The adapter op against its peers: generation and application at every site, forward and backward, side by side.
+"""The adapter op against its peers: generation and application at every site, forward and backward, side by side; and
+low-rank deltas against peft's mixed batch, forward only.
 
 All systems of a case do the same work on the same numbers, in the same process, in turn:
 
@@ -10,6 +11,13 @@ All systems of a case do the same work on the same numbers, in the same process,
     loop_task     a Python loop over the batch's tasks that generates at every site (HyperFormer's scheme)
     loop_example  a Python loop over samples that generates at every site
     per_token     weights repeated for every token (doc-to-lora's packed scheme); small cases only
+    chunked       ours with as few sites generated at a time as are worthwhile, and again in backward; with live bytes
+
+On a linear map with a low-rank delta for each condition, whose weights are there, without gradients:
+
+    ours              the map, and the op on its output
+    gather            the map, and weights copied for every sample
+    peft_mixed_batch  peft's LoRA layer told the adapter of every sample: the map, and a loop over the batch's adapters
 
 The tests of the op run first; if they fail, no speed is printed. `ratio` is the median over rounds of a system's time
 to ours in the same round.
@@ -27,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from command import run
-from kernel_peers import DEFAULT_PEERS, PEERS, systems
+from kernel_peers import DEFAULT_PEERS, PEERS, low_rank_systems, systems
+from live_bytes import LiveBytes
 from turns import take_turns
 
 STEPS = {
@@ -55,7 +64,7 @@ def bench_kernels(
         python launch/bench_kernels.py --suite gpu10 --out docs/bench_kernels_h100.jsonl
 
     Args:
-        suite: smoke, cpu, gpu10 (one command of under ten minutes on a GPU) or full
+        suite: smoke, cpu, gpu10 (one command of under ten minutes on a GPU), chunks, low_rank or full
         out: file for the JSON lines; a table is printed either way
         rounds: counted rounds after one warm-up round
         peers: systems to time beside ours, names separated by commas; compiled only if asked for, it takes a minute a
@@ -64,7 +73,7 @@ def bench_kernels(
             first two in gpu10 and full unless given
         tests: run the op's tests first and stop if they fail
     """
-    from hyperpelt_ds.kernels.cases import ADAPTER_CASES, SUITES
+    from hyperpelt_ds.kernels.cases import ADAPTER_CASES, LOW_RANK_CASES, SUITES
 
     if suite not in SUITES:
         raise ValueError(f"--suite: expected one of {', '.join(SUITES)}, got {suite!r}")
@@ -92,7 +101,7 @@ def bench_kernels(
     rate, peak = _ceilings(device, dtype)
     print(f"{about}, {rounds} rounds; copy {rate / 1e9:.0f} GB/s, matrix product {peak / 1e9:.0f} GFLOP/s")
     lines = []
-    for case in ADAPTER_CASES:
+    for case in (*ADAPTER_CASES, *LOW_RANK_CASES):
         if case.name in SUITES[suite]:
             lines += [{**line, "hardware": about} for line in _case(case, names, rounds, device, dtype, rate)]
     for name in (name for name in steps.split(",") if name) if steps is not None else SUITE_STEPS.get(suite, ()):
@@ -104,31 +113,38 @@ def bench_kernels(
 
 def _case(case: Any, peers: tuple[str, ...], rounds: int, device: str, dtype: Any, rate: float) -> list[dict[str, Any]]:
     """The results of one case, a line a system; printed as they come."""
-    from hyperpelt_ds.kernels.adapter.plan import plan
+    from hyperpelt_ds.kernels import plan
+    from hyperpelt_ds.kernels.cases import AdapterCase
 
-    cost = plan(case, dtype, device, rate)
-    assert cost.floor_s is not None
-    print(f"{case.name}: {cost}")
-    actions = systems(case, ("ours", *peers), device, dtype)
+    cost = plan(case, dtype=dtype, device=device, rate=rate).costs[0] if isinstance(case, AdapterCase) else None
+    print(f"{case.name}: {cost or 'forward only'}")
+    of_case = systems if cost is not None else low_rank_systems
+    actions = of_case(case, ("ours", *peers), device, dtype)
     times = take_turns(actions, rounds, device)
     lines = []
     for system, seconds in times.items():
         ratios = [own / ours for own, ours in zip(seconds, times["ours"], strict=True)]
         median, low, high, ratio = statistics.median(seconds), min(seconds), max(seconds), statistics.median(ratios)
-        line: dict[str, Any] = {"case": case.name, "system": system, "metric": "forward_backward_s"}
+        line: dict[str, Any] = {
+            "case": case.name,
+            "system": system,
+            "metric": "forward_backward_s" if cost else "forward_s",
+        }
         line |= {"median": median, "min": low, "max": high}
         line |= {"ratio": ratio, "ratio_min": min(ratios), "ratio_max": max(ratios)}
-        line |= {
-            "flops": cost.flops,
-            "bytes": cost.bytes,
-            "floor_s": cost.floor_s,
-            "of_copy_rate": cost.floor_s / median,
-        }
+        about = ""
+        if cost is not None and cost.floor_s is not None:
+            line |= {"flops": cost.flops, "bytes": cost.bytes, "floor_s": cost.floor_s}
+            line["of_copy_rate"] = cost.floor_s / median
+            about = f"  {cost.floor_s / median:.0%} of the copy rate"
+        if "chunked" in actions and system in ("ours", "chunked"):
+            line["live_bytes"] = _live(actions[system])
+            about += f"  {line['live_bytes'] / 1e6:.0f} MB live"
         line |= _on_gpu(actions[system]) if device == "cuda" else {}
         lines.append(line)
         print(
-            f"  {system:13} {median * 1e3:9.2f} ms [{low * 1e3:.2f}, {high * 1e3:.2f}]  "
-            f"x{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]  {cost.floor_s / median:.0%} of the copy rate"
+            f"  {system:16} {median * 1e3:9.2f} ms [{low * 1e3:.2f}, {high * 1e3:.2f}]  "
+            f"x{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]{about}"
         )
     return lines
 
@@ -160,7 +176,14 @@ def _ceilings(device: str, dtype: Any) -> tuple[float, float]:
     return 2 * source.numel() * source.element_size() / copy, 2 * side**3 / product
 
 
-def _on_gpu(action: Callable[[], None]) -> dict[str, int]:
+def _live(action: Callable[[], object]) -> int:
+    """The most bytes of tensors that a pass makes and holds at a time."""
+    with LiveBytes() as live:
+        action()
+    return live.peak
+
+
+def _on_gpu(action: Callable[[], object]) -> dict[str, int]:
     """The most memory that a pass takes beyond what is there before, and the kernels that it launches."""
     import torch
 
