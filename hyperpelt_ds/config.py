@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -34,6 +35,11 @@ class ModelConfig:
     prefix_form: Literal["auto", "materialised", "absorbed"] = "auto"
     """How attention uses generated prefixes: as keys and values that are made for each condition, or as the rows that
     these would be made from, with the map taken into query and output. Same results; `auto` takes what costs less."""
+    generation_budget_mb: float | None = None
+    """MiB of generated adapters and low-rank deltas that a training or validation step may hold at a time, together.
+    Beyond it they are made a chunk of sites at a time and made again in the backward pass, for more time (weights of
+    every image in a batch, of a large model). None holds all: what is free on a device must not decide how sums round.
+    A chunk has at least 4 x hypernet.hyper_size / conditions sites, and decoding always holds all."""
 
 
 PREFIX_BLOCKS = Literal["encoder_self", "decoder_self", "decoder_cross"]
@@ -409,6 +415,9 @@ def _check_ranges(config: Config) -> None:
     for name in ("model.dropout", "train.label_smoothing", "data.max_hole_share"):
         if value(name) is not None and not 0 <= value(name) < 1:
             raise ValueError(f"{name}: must lie in [0, 1), got {value(name)}")
+    budget = config.model.generation_budget_mb
+    if budget is not None and not 0 < budget < math.inf:
+        raise ValueError(f"model.generation_budget_mb: must be a number greater than 0, or null for all, got {budget}")
     _check_modules(config)
     if len(set(config.data.tasks)) != len(config.data.tasks):
         raise ValueError(f"data.tasks: a task is named twice in {list(config.data.tasks)}")

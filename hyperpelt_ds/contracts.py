@@ -164,17 +164,34 @@ class LowRank(NamedTuple):
     up: Tensor  # (S, C, r, O)
 
 
+class Unmade(NamedTuple):
+    """Adapters, or the low-rank deltas of one projection, that are to be made `at_once` many sites at a time.
+
+    The numbers of all sites and conditions are rows weight^T + bias. `shapes` are what the N of a site and condition
+    hold one after the other: an Adapter's tensors without scale, or a LowRank's down and up. What they add is to be
+    multiplied by scale.
+    """
+
+    rows: Tensor  # (S, C, E)
+    weight: Tensor  # (N, E)
+    bias: Tensor  # (N,)
+    scale: Tensor  # (S,)
+    shapes: tuple[tuple[int, ...], ...]
+    at_once: int
+
+
 class Branch(NamedTuple):
     """The weights made from one source of conditions (tasks, images, descriptions), by kind of module.
 
     rows (B,) int64: the condition that each sample uses, or -1 where this branch does not apply to the sample.
-    lora has one entry for each of the geometry's projections, in their order.
+    lora has one entry for each of the geometry's projections, in their order. Where a stack's weights are Unmade and
+    the other stack has a hypernetwork of its own, adapters and deltas are both stacks', the encoder's first.
     """
 
     rows: Tensor
     prefix: Prefix | PrefixRows | None
-    adapter: Adapter | None
-    lora: tuple[LowRank, ...] | None = None
+    adapter: Adapter | Unmade | tuple[Adapter | Unmade, ...] | None
+    lora: tuple[LowRank | Unmade | tuple[LowRank | Unmade, ...], ...] | None = None
 
 
 class Tokens(NamedTuple):

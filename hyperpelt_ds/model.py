@@ -25,6 +25,7 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Conditions, Sample, Weights
 from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.hypernet import HyperNetwork
+from hyperpelt_ds.kernels.regenerate import made_type
 from hyperpelt_ds.tasks import TASKS, adopt, get, needs_image
 from hyperpelt_ds.vision import Picture, VisionEncoder, load_encoder
 
@@ -57,6 +58,7 @@ class HyperPELT(nn.Module):
         )
         self.tasks = tuple(tasks)
         self.prefix_rows = backbone.prefix_form != "materialised"
+        self.generation_budget = config.model.generation_budget_mb
         self.label_smoothing = config.train.label_smoothing
         self.backbone = backbone  # no nn.Module, so registration does not see its parameters
         self.trained_backbone = backbone.model if backbone.trainable else None
@@ -99,7 +101,7 @@ class HyperPELT(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """The loss of a batch: sum over samples of loss_weights x mean cross-entropy of the sample's target."""
-        weights: Weights = self.hypernet(batch, self.prefix_rows)
+        weights: Weights = self.hypernet(batch, self.prefix_rows, self._most(batch.input_ids.device))
         used, idle = self._split(weights, batch)
         logits = self.backbone.forward(used, batch.input_ids, batch.attention_mask, batch.labels, batch.targets)
         real_losses = F.cross_entropy(
@@ -115,9 +117,18 @@ class HyperPELT(nn.Module):
             loss = loss + 0.0 * _total(part)  # every trainable takes part in every step on every rank
         return Output(loss, losses.detach())
 
+    def _most(self, device: torch.device) -> int | None:
+        """The generated numbers that may be there at a time; None for any."""
+        if self.generation_budget is None:
+            return None
+        return int(self.generation_budget * 2**20 / made_type(device.type, self.backbone.dtype).itemsize)
+
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, num_beams: int = 1) -> Tensor:
-        """Token ids (B, at most 1 + max_new_tokens); the hypernetwork runs exactly once, whatever is decoded."""
+        """Token ids (B, at most 1 + max_new_tokens); the hypernetwork runs exactly once, whatever is decoded.
+
+        Weights are there as a whole, whatever the budget: every token needs all of them.
+        """
         used, _ = self._split(self.hypernet(batch, self.prefix_rows), batch)
         return self.backbone.generate(used, batch.input_ids, batch.attention_mask, max_new_tokens, num_beams)
 
@@ -136,9 +147,9 @@ class HyperPELT(nn.Module):
 
 def _total(part: Any) -> Tensor | float:
     """The sum over the tensors of (tuples of) module kinds; what no sample refers to is a number all the same."""
-    if part is None:
-        return 0.0
-    return part.float().sum() if isinstance(part, Tensor) else sum((_total(item) for item in part), 0.0)
+    if isinstance(part, Tensor):
+        return part.float().sum()
+    return sum((_total(item) for item in part), 0.0) if isinstance(part, tuple) else 0.0
 
 
 def build(config: Config, tasks: Sequence[str]) -> HyperPELT:

@@ -1,4 +1,5 @@
-"""The adapter op against its peers: generation and application at every site, forward and backward, side by side.
+"""The adapter op against its peers: generation and application at every site, forward and backward, side by side; and
+low-rank deltas against peft's mixed batch, forward only.
 
 All systems of a case do the same work on the same numbers, in the same process, in turn:
 
@@ -13,6 +14,13 @@ All systems of a case do the same work on the same numbers, in the same process,
     half_padded   our op where every other sample is padding but for one token, and told so
 
 Attention with prefixes comes with it (prefix_peers.py has its systems, of which `copied` takes the place of `ours`).
+    chunked       ours with as few sites generated at a time as are worthwhile, and again in backward; with live bytes
+
+On a linear map with a low-rank delta for each condition, whose weights are there, without gradients:
+
+    ours              the map, and the op on its output
+    gather            the map, and weights copied for every sample
+    peft_mixed_batch  peft's LoRA layer told the adapter of every sample: the map, and a loop over the batch's adapters
 
 The tests of the op run first; if they fail, no speed is printed. `ratio` is the median over rounds of a system's time
 to ours in the same round.
@@ -30,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from command import run
-from kernel_peers import DEFAULT_PEERS, PEERS, systems
+from kernel_peers import DEFAULT_PEERS, PEERS, low_rank_systems, systems
+from live_bytes import LiveBytes
 from prefix_peers import systems as prefix_systems
 from turns import take_turns
 
@@ -59,7 +68,7 @@ def bench_kernels(
         python launch/bench_kernels.py --suite gpu10 --out docs/bench_kernels_h100.jsonl
 
     Args:
-        suite: smoke, cpu, gpu10 (one command of under ten minutes on a GPU) or full
+        suite: smoke, cpu, gpu10 (one command of under ten minutes on a GPU), chunks, low_rank or full
         out: file for the JSON lines; a table is printed either way
         rounds: counted rounds after one warm-up round
         peers: systems to time beside ours, names separated by commas; compiled only if asked for, it takes a minute a
@@ -68,7 +77,7 @@ def bench_kernels(
             first two in gpu10 and full unless given
         tests: run the op's tests first and stop if they fail
     """
-    from hyperpelt_ds.kernels.cases import ADAPTER_CASES, PREFIX_CASES, SUITES
+    from hyperpelt_ds.kernels.cases import ADAPTER_CASES, LOW_RANK_CASES, PREFIX_CASES, SUITES
 
     if suite not in SUITES:
         raise ValueError(f"--suite: expected one of {', '.join(SUITES)}, got {suite!r}")
@@ -96,7 +105,7 @@ def bench_kernels(
     rate, peak = _ceilings(device, dtype)
     print(f"{about}, {rounds} rounds; copy {rate / 1e9:.0f} GB/s, matrix product {peak / 1e9:.0f} GFLOP/s")
     lines = []
-    for case in ADAPTER_CASES:
+    for case in (*ADAPTER_CASES, *LOW_RANK_CASES):
         if case.name in SUITES[suite]:
             lines += [{**line, "hardware": about} for line in _case(case, names, rounds, device, dtype, rate)]
     for prefix_case in PREFIX_CASES:
@@ -114,18 +123,35 @@ def bench_kernels(
 
 def _case(case: Any, peers: tuple[str, ...], rounds: int, device: str, dtype: Any, rate: float) -> list[dict[str, Any]]:
     """The results of one case, a line a system; printed as they come."""
-    from hyperpelt_ds.kernels.adapter.plan import plan
+    from hyperpelt_ds.kernels import plan
+    from hyperpelt_ds.kernels.cases import AdapterCase
 
-    cost = plan(case, dtype, device, rate)
+    if not isinstance(case, AdapterCase):
+        print(f"{case.name}: forward only")
+        actions = low_rank_systems(case, ("ours", *peers), device, dtype)
+        return _compared(case.name, actions, "ours", rounds, device, metric="forward_s")
+    (cost,) = plan(case, dtype=dtype, device=device, rate=rate).costs
     assert cost.floor_s is not None
     print(f"{case.name}: {cost}")
-    lines = _compared(case.name, systems(case, ("ours", *peers), device, dtype), "ours", rounds, device, cost.floor_s)
+    actions = systems(case, ("ours", *peers), device, dtype)
+    lines = _compared(case.name, actions, "ours", rounds, device, cost.floor_s)
     known = {"flops": cost.flops, "bytes": cost.bytes, "floor_s": cost.floor_s}
-    return [{**line, **known, "of_copy_rate": cost.floor_s / line["median"]} for line in lines]
+    for line in lines:
+        line |= {**known, "of_copy_rate": cost.floor_s / line["median"]}
+        if "chunked" in actions and line["system"] in ("ours", "chunked"):
+            line["live_bytes"] = _live(actions[line["system"]])
+            print(f"  {line['system']}: {line['live_bytes'] / 1e6:.0f} MB live")
+    return lines
 
 
 def _compared(
-    case: str, actions: dict[str, Callable[[], None]], base: str, rounds: int, device: str, floor: float | None = None
+    case: str,
+    actions: dict[str, Callable[[], None]],
+    base: str,
+    rounds: int,
+    device: str,
+    floor: float | None = None,
+    metric: str = "forward_backward_s",
 ) -> list[dict[str, Any]]:
     """A line for every system, its time beside that of `base` in the same round; printed as they come."""
     times = take_turns(actions, rounds, device)
@@ -133,13 +159,13 @@ def _compared(
     for system, seconds in times.items():
         ratios = [own / other for own, other in zip(seconds, times[base], strict=True)]
         median, low, high, ratio = statistics.median(seconds), min(seconds), max(seconds), statistics.median(ratios)
-        line: dict[str, Any] = {"case": case, "system": system, "metric": "forward_backward_s"}
+        line: dict[str, Any] = {"case": case, "system": system, "metric": metric}
         line |= {"median": median, "min": low, "max": high}
         line |= {"ratio": ratio, "ratio_min": min(ratios), "ratio_max": max(ratios)}
         line |= _on_gpu(actions[system]) if device == "cuda" else {}
         lines.append(line)
         print(
-            f"  {system:13} {median * 1e3:9.2f} ms [{low * 1e3:.2f}, {high * 1e3:.2f}]  "
+            f"  {system:16} {median * 1e3:9.2f} ms [{low * 1e3:.2f}, {high * 1e3:.2f}]  "
             f"x{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
             + ("" if floor is None else f"  {floor / median:.0%} of the copy rate")
         )
@@ -173,7 +199,14 @@ def _ceilings(device: str, dtype: Any) -> tuple[float, float]:
     return 2 * source.numel() * source.element_size() / copy, 2 * side**3 / product
 
 
-def _on_gpu(action: Callable[[], None]) -> dict[str, int]:
+def _live(action: Callable[[], object]) -> int:
+    """The most bytes of tensors that a pass makes and holds at a time."""
+    with LiveBytes() as live:
+        action()
+    return live.peak
+
+
+def _on_gpu(action: Callable[[], object]) -> dict[str, int]:
     """The most memory that a pass takes beyond what is there before, and the kernels that it launches."""
     import torch
 

@@ -1,11 +1,22 @@
-"""The ways to run a stack of adapter sites that bench_kernels.py compares, each as one forward and backward pass."""
+"""The ways to run a stack of adapter sites, or a low-rank delta, that bench_kernels.py compares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-PEERS = ("gather", "compiled", "grouped_mm", "block", "loop_task", "loop_example", "per_token", "half_padded")
+PEERS = (
+    "gather",
+    "compiled",
+    "grouped_mm",
+    "block",
+    "loop_task",
+    "loop_example",
+    "per_token",
+    "half_padded",
+    "chunked",
+    "peft_mixed_batch",
+)
 DEFAULT_PEERS = tuple(name for name in PEERS if name != "compiled")
 
 
@@ -14,6 +25,9 @@ def systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[
     import torch
 
     from hyperpelt_ds.kernels import generate, index_batch
+    from hyperpelt_ds.kernels.adapter import bind
+    from hyperpelt_ds.kernels.generate import sites_at_once, unpack
+    from hyperpelt_ds.kernels.regenerate import later
 
     def draw(*shape: int, std: float = 1.0) -> Any:
         return (torch.randn(shape, generator=generator) * std).to(device, dtype).requires_grad_()
@@ -28,7 +42,7 @@ def systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[
 
     def all_sites(body: Callable[..., Any]) -> Callable[[], None]:
         def step() -> None:
-            made = _split(generate(hyper, weight, bias), case)
+            made = unpack(generate(hyper, weight, bias), shapes)
             _backward(_through(body, x, zip(*(part.unbind() for part in (*made, scale)), strict=True)), leaves)
 
         return step
@@ -42,10 +56,23 @@ def systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[
 
         return step
 
-    bodies = _bodies(case, users)
+    def chunked() -> None:
+        parts = later(hyper, weight, bias, scale, shapes, at_once)
+        y = x
+        for part in parts:
+            y = bind([part._replace(users=users)], "relu")(y, y)
+        _backward(y, leaves)
+
+    shapes = ((case.size, case.bottleneck), (case.bottleneck,), (case.bottleneck, case.size), (case.size,))
+    at_once = sites_at_once(hyper.shape, share=0.0)
+    bodies = _bodies(case, users, shapes)
     repeated = case.samples * case.tokens * case.parameters * case.sites * dtype.itemsize
     made: dict[str, Callable[[], None]] = {}
     for name in names:
+        if name == "chunked" and at_once < case.sites:
+            made[name] = chunked
+        if name in ("chunked", "peft_mixed_batch"):
+            continue
         if name == "per_token" and repeated > (64 << 30 if device == "cuda" else 1 << 30):
             continue
         if name == "loop_task" and not case.conditions:
@@ -54,13 +81,14 @@ def systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[
     return made
 
 
-def _bodies(case: Any, users: Any) -> dict[str, Callable[..., Any]]:
+def _bodies(case: Any, users: Any, shapes: Any) -> dict[str, Callable[..., Any]]:
     """What each system does at one site: from made weights, or from hyper-embeddings (block and the loops)."""
     import torch
     import torch.nn.functional as F
 
     from hyperpelt_ds.kernels import adapter, generate
     from hyperpelt_ds.kernels.adapter import SiteAdapter
+    from hyperpelt_ds.kernels.generate import unpack
 
     rows = users.ids.long()
     ends = users.ptr[1:].clone()
@@ -95,10 +123,10 @@ def _bodies(case: Any, users: Any) -> dict[str, Callable[..., Any]]:
         return x + scale * (torch.bmm(h, of[2]) + of[3].unsqueeze(1)).view_as(x)
 
     def block(x: Any, hyper: Any, weight: Any, bias: Any, scale: Any) -> Any:
-        return ours(x, *_split(generate(hyper, weight, bias), case), scale)
+        return ours(x, *unpack(generate(hyper, weight, bias), shapes), scale)
 
     def one(x: Any, made: Any, scale: Any) -> Any:
-        down, down_bias, up, up_bias = _split(made, case)
+        down, down_bias, up, up_bias = unpack(made, shapes)
         return x + scale * (torch.relu(x @ down + down_bias) @ up + up_bias)
 
     def loop_task(x: Any, hyper: Any, weight: Any, bias: Any, scale: Any) -> Any:
@@ -124,11 +152,54 @@ def _bodies(case: Any, users: Any) -> dict[str, Callable[..., Any]]:
     )
 
 
-def _split(made: Any, case: Any) -> tuple[Any, ...]:
-    """Packed rows (..., P) as down, down_bias, up, up_bias, the order in which the model's head packs them."""
-    size, narrow = case.size, case.bottleneck
-    down, down_bias, up, up_bias = made.split([size * narrow, narrow, narrow * size, size], dim=-1)
-    return down.unflatten(-1, (size, narrow)), down_bias, up.unflatten(-1, (narrow, size)), up_bias
+def low_rank_systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[str, Callable[[], Any]]:
+    """A linear map with a low-rank delta for each condition on a mixed batch, forward; returns the output."""
+    import torch
+    from torch import nn
+
+    from hyperpelt_ds.kernels import index_batch, low_rank
+    from hyperpelt_ds.kernels.low_rank import SiteLowRank
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Any:
+        return (torch.randn(shape, generator=generator) * case.size**-0.5).to(device, dtype)
+
+    size, rank = case.size, case.rank
+    x, base = draw(case.samples, case.tokens, size), nn.Linear(size, size).to(device, dtype).requires_grad_(False)
+    down, up = draw(case.groups, size, rank), draw(case.groups, rank, size)
+    users = index_batch(case.ids, groups=case.groups, device=device)
+    rows = users.ids.long()
+
+    def ours() -> Any:
+        return low_rank(x, base(x), [SiteLowRank(down, up, users)])
+
+    def gather() -> Any:
+        return torch.baddbmm(base(x), torch.bmm(x, down.index_select(0, rows)), up.index_select(0, rows))
+
+    made: dict[str, Callable[[], Any]] = {"ours": ours, "gather": gather}
+    if "peft_mixed_batch" in names:
+        layer, adapter_names = _peft_layer(base, down, up), [str(row) for row in case.ids]
+        made["peft_mixed_batch"] = lambda: layer(x, adapter_names=adapter_names)
+    return {name: torch.inference_mode()(made[name]) for name in names if name in made}
+
+
+def _peft_layer(base: Any, down: Any, up: Any) -> Any:
+    """peft's LoRA layer around a linear map, with an adapter of each condition's delta, named by its number."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    rank = down.shape[2]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
+    model: Any = get_peft_model(torch.nn.Sequential(base), config, adapter_name="0")
+    for number in range(1, len(down)):
+        model.add_adapter(str(number), config)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        for number in range(len(down)):
+            layer.lora_A[str(number)].weight.copy_(down[number].T)
+            layer.lora_B[str(number)].weight.copy_(up[number].T)
+    return layer.to(down).eval()
 
 
 def _through(body: Callable[..., Any], x: Any, sites: Any) -> Any:

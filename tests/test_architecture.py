@@ -42,7 +42,7 @@ ONLY_IN = {
     "fire": ("launch/", "data_prep/"),
     "tensorboard": ("hyperpelt_ds/train/metrics.py",),
     "torch.utils.tensorboard": ("hyperpelt_ds/train/metrics.py",),
-    "peft": ("launch/bench_step.py",),
+    "peft": ("launch/bench_step.py", "launch/kernel_peers.py"),
     "adapters": ("launch/bench_adapters.py",),
     "sklearn": ("hyperpelt_ds/tasks/metrics.py",),
     "scipy": ("hyperpelt_ds/tasks/metrics.py",),

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 
 from hyperpelt_ds.kernels import adapter, index_batch, low_rank
 from hyperpelt_ds.kernels.adapter import SiteAdapter
-from hyperpelt_ds.kernels.adapter.plan import plan
-from hyperpelt_ds.kernels.cases import ADAPTER_CASES, PREFIX_CASES, SUITES
+from hyperpelt_ds.kernels.cases import ADAPTER_CASES, LOW_RANK_CASES, PREFIX_CASES, SUITES
 from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError, KernelUnavailableError
 from hyperpelt_ds.kernels.index import Span, index_on_device
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
@@ -209,17 +208,5 @@ def test_a_backend_that_cannot_run_the_call_is_never_replaced():
 
 
 def test_suites_name_cases_that_exist():
-    cases = [case.name for case in (*ADAPTER_CASES, *PREFIX_CASES)]
+    cases = [case.name for case in (*ADAPTER_CASES, *LOW_RANK_CASES, *PREFIX_CASES)]
     assert {name for names in SUITES.values() for name in names} == set(cases) and len(set(cases)) == len(cases)
-
-
-def test_a_plan_counts_what_moves_and_says_what_runs():
-    case = ADAPTER_CASES[0]._replace(samples=2, tokens=3, size=8, bottleneck=2, hyper=5, sites=1, conditions=1)
-    wide, thin, made = 6 * 8, 6 * 2, 2 * 8 * 2 + 8 + 2
-    found = plan(case, rate=1e9)
-    assert found.backend == "torch" and found.flops == 12 * wide * 2 + 6 * made * 5
-    assert found.bytes == 4 * (8 * wide + 4 * thin + 6 * made + 3 * made * 5) and found.floor_s == found.bytes / 1e9
-    assert found.weight_bytes == 4 * (2 * made + thin)
-    assert plan(case, torch.bfloat16, "cuda").backend == "triton"
-    odd = plan(case._replace(size=9), torch.bfloat16, "cuda")
-    assert odd.backend == "reference" and "multiple of 8" in str(odd)

@@ -6,11 +6,16 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+
+from hyperpelt_ds.kernels import cases
+from hyperpelt_ds.kernels.cases import LOW_RANK_CASES
 
 sys.path.insert(0, str(ROOT / "launch"))
 
 import bench_kernels
+from kernel_peers import low_rank_systems
 
 
 def test_a_smoke_run_writes_a_line_for_every_system_with_ours_as_one(tmp_path, capsys):
@@ -46,6 +51,23 @@ def test_red_tests_of_the_ops_stop_it(monkeypatch, capsys):
     with pytest.raises(ValueError, match="1 failed"):
         bench_kernels.bench_kernels(suite="smoke")
     assert capsys.readouterr().out == ""
+
+
+def test_low_rank_deltas_and_their_peers_give_the_same_outputs():
+    for case in LOW_RANK_CASES:
+        small = case._replace(samples=min(case.samples, 16), tokens=3, size=24)
+        found = low_rank_systems(small, ("ours", "gather", "peft_mixed_batch"), "cpu", torch.float32)
+        ours, *others = (action() for action in found.values())
+        assert len(others) == 2 and all(torch.allclose(ours, other, atol=1e-5) for other in others)
+
+
+def test_cases_with_chunks_say_how_many_bytes_were_alive(monkeypatch, tmp_path):
+    small = cases.ADAPTER_CASES[-1]._replace(samples=16, tokens=2, size=64, bottleneck=16, hyper=4, sites=6)
+    monkeypatch.setattr(cases, "ADAPTER_CASES", (small,))
+    out = tmp_path / "bench.jsonl"
+    bench_kernels.bench_kernels(suite="chunks", out=str(out), rounds=1, peers="chunked", tests=False)
+    live = {line["system"]: line["live_bytes"] for line in map(json.loads, out.read_text().splitlines())}
+    assert 0 < 2 * live["chunked"] < live["ours"]
 
 
 @pytest.mark.parametrize("flag", ["suite", "peers", "steps"])

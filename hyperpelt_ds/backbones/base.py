@@ -28,7 +28,7 @@ from hyperpelt_ds.backbones.prefix_form import TOKEN_ALONE, Form
 from hyperpelt_ds.backbones.ragged import ends_of
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import ModelConfig, ModulesConfig
-from hyperpelt_ds.contracts import Branch, Weights
+from hyperpelt_ds.contracts import Branch, Unmade, Weights
 
 FAMILIES = (bart.FAMILY, llama.FAMILY, t5.FAMILY)
 
@@ -308,6 +308,8 @@ def random_model(model_type: str, **fields: Any) -> Any:
 
 def _cast(part: Any, dtype: torch.dtype) -> Any:
     """The tensors of a module kind, or of a tuple of them, as `dtype`."""
+    if isinstance(part, Unmade):
+        return part._replace(scale=part.scale.to(dtype))  # the rest is made first, in its own type, and then cast
     if part is None or isinstance(part, Tensor):
         return part if part is None else part.to(dtype)
     parts = [_cast(item, dtype) for item in part]

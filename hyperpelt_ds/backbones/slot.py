@@ -15,13 +15,14 @@ from torch import Tensor
 
 from hyperpelt_ds.backbones.prefix_form import Form, by_site
 from hyperpelt_ds.backbones.ragged import Ends
-from hyperpelt_ds.contracts import Branch, Tokens
+from hyperpelt_ds.contracts import Branch, Tokens, Unmade
 from hyperpelt_ds.kernels.adapter import SiteAdapter
 from hyperpelt_ds.kernels.adapter import bind as bind_adapter
 from hyperpelt_ds.kernels.index import BatchIndex, index_batch, index_on_device
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
 from hyperpelt_ds.kernels.low_rank import bind as bind_low_rank
 from hyperpelt_ds.kernels.prefix_attention import AnyPrefix, SitePrefix, Spread, join, spread, spread_of
+from hyperpelt_ds.kernels.regenerate import Later, later
 
 REMEMBERED = 4
 """Results that `once` keeps: a decoder's layers take turns between two masks."""
@@ -45,8 +46,8 @@ class Slot:
         """Where adapters stop, if they are to leave out padding; set after the weights and before the model runs."""
         self._samples = [branch.rows for branch in branches]
         self._prefixes = [by_site(branch.prefix, branch.rows, lengths, form) for branch in branches]
-        self._adapters = [_by_site(branch.adapter) for branch in branches]
-        self._deltas = [[_by_site(kind) for kind in branch.lora or ()] for branch in branches]
+        self._adapters = [_by_site(branch.adapter, SiteAdapter) for branch in branches]
+        self._deltas = [[_by_site(kind, SiteLowRank) for kind in branch.lora or ()] for branch in branches]
         self._rows: dict[tuple[int, int], Tensor] = {}
         self._indices: dict[tuple[int, int], BatchIndex] = {}
         self._site_adapters: dict[tuple[int, int], Apply | None] = {}
@@ -112,14 +113,8 @@ class Slot:
         if key not in self._site_adapters:
             # the same tensor for every branch: those that share their lengths share a launch
             lengths = None if self.ends is None else self.ends.encoder if in_encoder else self.ends.decoder
-            parts = [
-                SiteAdapter(
-                    users=self._index_for(number, batch, len(sites[site]["down"]))._replace(lengths=lengths),
-                    **sites[site],
-                )
-                for number, sites in enumerate(self._adapters)
-                if sites
-            ]
+            found = [(number, sites[site]) for number, sites in enumerate(self._adapters) if sites]
+            parts = [self._used(own, number, batch, lengths) for number, own in found]
             self._site_adapters[key] = bind_adapter(parts, activation) if parts else None
         return self._site_adapters[key]
 
@@ -127,10 +122,15 @@ class Slot:
         """What adds the low-rank deltas of site `site` of projection `projection` to `batch` rows, likewise."""
         key = (projection, site, batch)
         if key not in self._site_deltas:
-            found = [(n, kinds[projection][site]) for n, kinds in enumerate(self._deltas) if kinds]
-            parts = [SiteLowRank(users=self._index_for(n, batch, len(own["down"])), **own) for n, own in found]
+            found = [(number, kinds[projection][site]) for number, kinds in enumerate(self._deltas) if kinds]
+            parts = [self._used(own, number, batch) for number, own in found]
             self._site_deltas[key] = bind_low_rank(parts) if parts else None
         return self._site_deltas[key]
+
+    def _used(self, part: Any, number: int, batch: int, lengths: Tensor | None = None) -> Any:
+        """The part of branch `number` at a site, with which rows use which condition, and how many tokens of them."""
+        conditions = part.store.conditions if isinstance(part, Later) else len(part.down)
+        return part._replace(users=self._index_for(number, batch, conditions)._replace(lengths=lengths))
 
     def _index_for(self, number: int, batch: int, groups: int) -> BatchIndex:
         """Which rows use which condition of branch `number`: once a batch, for all its sites."""
@@ -164,13 +164,18 @@ def _serves_all(prefix: AnyPrefix) -> bool:
     return prefix.spread is not None and prefix.spread.missing is None
 
 
-def _by_site(module: Any) -> list[dict[str, Any]]:
-    """The tensors (S, ...) of a module kind by field, site by site; [] without such a module.
+def _by_site(module: Any, kind: type[SiteAdapter] | type[SiteLowRank]) -> list[Any]:
+    """What each site has of a module kind (both stacks' in a tuple), but for its users; [] without such a module.
 
     Unbound once for all sites: taking `tensor[site]` at every site would fill and add a whole (S, ...) gradient for
     each of them (7 % of a training step on a CPU, measured on the demo's shapes).
     """
     if module is None:
         return []
+    if isinstance(module, Unmade):
+        return later(*module)
+    if not hasattr(module, "_fields"):
+        return [part for stack in module for part in _by_site(stack, kind)]
     fields = {name: tensor.unbind() for name, tensor in module._asdict().items() if tensor is not None}
-    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
+    values = zip(*fields.values(), strict=True)
+    return [kind(users=None, **dict(zip(fields, of_site, strict=True))) for of_site in values]  # type: ignore[arg-type]

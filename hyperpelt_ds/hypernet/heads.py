@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperpelt_ds.config import ModulesConfig
-from hyperpelt_ds.contracts import Adapter, LowRank, Prefix, PrefixRows, Projection
+from hyperpelt_ds.contracts import Adapter, LowRank, Prefix, PrefixRows, Projection, Unmade
 from hyperpelt_ds.kernels import generate
+from hyperpelt_ds.kernels.generate import sites_at_once, unpack
 
 
 class PrefixHead(nn.Module):
@@ -18,7 +21,7 @@ class PrefixHead(nn.Module):
 
     def __init__(self, hyper_size: int, prefix_size: int, sites: int, modules: ModulesConfig, std: float):
         super().__init__()
-        self.linear = PrefixGenerator(hyper_size, 2 * prefix_size, std)
+        self.linear = Generator(hyper_size, 2 * prefix_size, std)
         self.weighting = PrefixWeighting(sites, modules)
 
     def forward(self, hyper: Tensor, rows: bool = False) -> Prefix | PrefixRows:
@@ -39,29 +42,28 @@ class AdapterHead(nn.Module):
 
     def __init__(self, hyper_size: int, model_size: int, sites: int, modules: ModulesConfig, std: float):
         super().__init__()
-        self.model_size, self.bottleneck = model_size, modules.bottleneck
-        self.sizes = [model_size * self.bottleneck, self.bottleneck, self.bottleneck * model_size, model_size]
-        last = sum(self.sizes[:2])
+        size, narrow = model_size, modules.bottleneck
+        self.shapes: tuple[tuple[int, ...], ...] = ((size, narrow), (narrow,), (narrow, size), (size,))
+        last = _numbers(self.shapes[:2])
         if modules.adapter_norm:
-            last = sum(self.sizes)
-            self.sizes += [model_size, model_size]
-        self.linear = Generator(hyper_size, sum(self.sizes), std)
+            last = _numbers(self.shapes)
+            self.shapes = (*self.shapes, (size,), (size,))
+        self.linear = Generator(hyper_size, _numbers(self.shapes), std)
         if modules.adapter_start == "no_op":
             with torch.no_grad():
                 self.linear.weight[last:].zero_()
         self.scale = AdapterScale(sites, modules)
 
-    def forward(self, hyper: Tensor) -> Adapter:
-        """hyper (S, C, P, E) -> the adapters of all S sites and C conditions (shapes in `Adapter`)."""
-        down, down_bias, up, up_bias, *norm = self.linear(hyper.mean(2)).split(self.sizes, dim=-1)
-        return Adapter(
-            down.unflatten(-1, (self.model_size, self.bottleneck)),
-            down_bias,
-            up.unflatten(-1, (self.bottleneck, self.model_size)),
-            up_bias,
-            self.scale(),
-            *norm,
-        )
+    def forward(self, hyper: Tensor, share: float | None = None) -> Adapter | Unmade:
+        """hyper (S, C, P, E) -> the adapters of all S sites and C conditions (shapes in `Adapter`), or what makes them
+        where only a share may be there at a time."""
+        rows = hyper.mean(2)
+        at_once = sites_at_once(rows.shape, share)
+        if at_once < len(rows):
+            weight, bias = self.linear(None)
+            return Unmade(rows, weight, bias, self.scale(), self.shapes, at_once)
+        down, down_bias, up, up_bias, *norm = unpack(self.linear(rows), self.shapes)
+        return Adapter(down, down_bias, up, up_bias, self.scale(), *norm)
 
 
 class LowRankHead(nn.Module):
@@ -69,20 +71,24 @@ class LowRankHead(nn.Module):
 
     def __init__(self, hyper_size: int, projection: Projection, modules: ModulesConfig, std: float):
         super().__init__()
-        self.rank, self.scale = modules.lora_rank, modules.lora_alpha / modules.lora_rank
-        self.inputs, self.outputs = projection.inputs, projection.outputs
-        self.linear = Generator(hyper_size, self.rank * (self.inputs + self.outputs), std)
+        self.scale = modules.lora_alpha / modules.lora_rank
+        self.shapes = ((projection.inputs, modules.lora_rank), (modules.lora_rank, projection.outputs))
+        self.linear = Generator(hyper_size, _numbers(self.shapes), std)
         if modules.adapter_start == "no_op":
             with torch.no_grad():
-                self.linear.weight[self.rank * self.inputs :].zero_()
+                self.linear.weight[_numbers(self.shapes[:1]) :].zero_()
 
-    def forward(self, hyper: Tensor) -> LowRank:
-        """hyper (S, C, P, E) -> the deltas of all S sites and C conditions (shapes in `LowRank`)."""
-        sizes = [self.rank * self.inputs, self.rank * self.outputs]
-        down, up = self.linear(hyper.mean(2)).split(sizes, dim=-1)
-        return LowRank(
-            down.unflatten(-1, (self.inputs, self.rank)), self.scale * up.unflatten(-1, (self.rank, self.outputs))
-        )
+    def forward(self, hyper: Tensor, share: float | None = None) -> LowRank | Unmade:
+        """hyper (S, C, P, E) -> the deltas of all S sites and C conditions (shapes in `LowRank`), or what makes them
+        where only a share may be there at a time."""
+        rows = hyper.mean(2)
+        at_once = sites_at_once(rows.shape, share)
+        if at_once < len(rows):
+            scale = rows.new_full((len(rows),), self.scale)
+            weight, bias = self.linear(None)
+            return Unmade(rows, weight, bias, scale, self.shapes, at_once)
+        down, up = unpack(self.linear(rows), self.shapes)
+        return LowRank(down, self.scale * up)
 
 
 class Generator(nn.Linear):
@@ -93,18 +99,11 @@ class Generator(nn.Linear):
         nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
 
-    def forward(self, hyper: Tensor) -> Tensor:
-        return generate(hyper, self.weight, self.bias)
-
-
-class PrefixGenerator(Generator):
-    """A map that can be handed on, for attention to use in place of what it makes."""
-
     def forward(self, hyper: Tensor | None) -> Any:
-        """What it makes of `hyper`, or without any, its weight (N, E) and bias (N,)."""
+        """What it makes of `hyper`, or without any, its weight (N, E) and bias (N,), to be used later and elsewhere."""
         if hyper is None:
             return self.weight.clone(), self.bias.clone()  # ZeRO-3 takes the parameters away when this forward ends
-        return super().forward(hyper)
+        return generate(hyper, self.weight, self.bias)
 
 
 class AdapterScale(nn.Module):
@@ -143,3 +142,7 @@ class PrefixWeighting(nn.Module):
         if self.values is None:
             return None
         return F.logsigmoid(self.values) if self.gated else self.values.clone()
+
+
+def _numbers(shapes: Sequence[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)

@@ -23,6 +23,7 @@ from hyperpelt_ds.contracts import (
     PrefixRows,
     Site,
     Tokens,
+    Unmade,
     Weights,
 )
 from hyperpelt_ds.hypernet.conditions import SOURCES
@@ -88,13 +89,24 @@ class Controller(nn.Module):
             index = torch.tensor([geometry.sites.index(site) for site in sites])
             self.register_buffer(f"{name}_places", index, persistent=False)
 
-    def forward(self, conditions: Tensor, layers: Tensor, blocks: Tensor, prefix_rows: bool) -> dict[str, Any]:
+    @property
+    def numbers(self) -> int:
+        """How many are generated for one condition's adapters and deltas at all sites."""
+        total = 0
+        for name, head in self.heads.items():
+            linear: Any = head.get_submodule("linear")
+            total += 0 if name == "prefix" else len(self.get_buffer(f"{name}_places")) * linear.out_features
+        return total
+
+    def forward(
+        self, conditions: Tensor, layers: Tensor, blocks: Tensor, prefix_rows: bool, share: float | None
+    ) -> dict[str, Any]:
         """conditions (C, P, d), layers and blocks (S, P or 1, d) -> the weights by kind, deltas by projection name."""
         hyper = self.projector(conditions, layers, blocks)
         made = {}
         for name, head in self.heads.items():
             own = hyper.index_select(0, self.get_buffer(f"{name}_places"))
-            made[name] = head(own, prefix_rows) if name == "prefix" else head(own)
+            made[name] = head(own, prefix_rows if name == "prefix" else share)
         return made
 
 
@@ -178,18 +190,20 @@ class HyperNetwork(nn.Module):
         """What each of the branches that `forward` gives is made from, in their order."""
         return (*self.conditions, *(["free"] if self.free is not None else []))
 
-    def forward(self, batch: Batch, prefix_rows: bool = False) -> Weights:
+    def forward(self, batch: Batch, prefix_rows: bool = False, most: int | None = None) -> Weights:
         """The weights of every site for the conditions of `batch`; samples refer to them by `Branch.rows`.
 
         With `prefix_rows`, generated prefixes are left as the rows and the map that they would be made from, for who
-        knows how often they are looked at to decide.
+        knows how often they are looked at to decide. Where adapters and deltas for the batch are more than `most`
+        numbers, they come as Unmade, each kind to be made in that share.
         """
         sites = {name: [embedding() for embedding in _stacks(stacks)] for name, stacks in self.sites.items()}
         branches = []
-        for name, condition in self.conditions.items():
-            vectors, rows = condition(batch)
+        found = {name: condition(batch) for name, condition in self.conditions.items()}
+        share = None if most is None else most / max(1, self.numbers({n: len(v) for n, (v, _) in found.items()}))
+        for name, (vectors, rows) in found.items():
             pairs = zip(_stacks(self.controllers[name]), sites[self._sites_of[name]], strict=True)
-            made = _join([controller(vectors, *where, prefix_rows) for controller, where in pairs])
+            made = _join([controller(vectors, *where, prefix_rows, share) for controller, where in pairs])
             lora = tuple(made[target.name] for target in self.projections)
             branches.append(Branch(rows, made.get("prefix"), made.get("adapter"), lora or None))
         if self.free is not None:
@@ -198,6 +212,14 @@ class HyperNetwork(nn.Module):
             tuple(branches),
             self.norms() if self.norms is not None else None,
             self.image_tokens(batch) if self.image_tokens is not None else None,
+        )
+
+    def numbers(self, conditions: dict[str, int]) -> int:
+        """How many are generated for adapters and deltas of so many conditions by name."""
+        return sum(
+            count * controller.numbers
+            for name, count in conditions.items()
+            for controller in _stacks(self.controllers[name])
         )
 
     @contextmanager
@@ -225,6 +247,9 @@ def _join(stacks: list[dict[str, Any]]) -> dict[str, Any]:
     joined: dict[str, Any] = {}
     for name in dict.fromkeys(name for stack in stacks for name in stack):
         parts = [stack[name] for stack in stacks if name in stack]
+        if any(isinstance(part, Unmade) for part in parts):
+            joined[name] = tuple(parts)
+            continue
         if isinstance(parts[0], PrefixRows):  # each stack has its own map: one for each of its sites
             parts = [
                 part._replace(

@@ -33,7 +33,7 @@ class AdapterCase(NamedTuple):
 
 
 class PrefixCase(NamedTuple):
-    """Attention at one site, with prefix rows of C conditions; `conditions` 0 means one for every sample (images)."""
+    """Attention with prefix rows of C conditions; `conditions` 0 means one for every sample (images)."""
 
     name: str
     samples: int
@@ -44,6 +44,27 @@ class PrefixCase(NamedTuple):
     rows: int
     conditions: int
     hyper: int
+    sites: int = 1
+
+    @property
+    def groups(self) -> int:
+        return self.conditions or self.samples
+
+    @property
+    def ids(self) -> list[int]:
+        """The condition of each sample; samples of a condition side by side."""
+        return [sample * self.groups // self.samples for sample in range(self.samples)]
+
+
+class LowRankCase(NamedTuple):
+    """One linear map of a mixed batch with a low-rank delta for every condition; 0 means one for every sample."""
+
+    name: str
+    samples: int
+    tokens: int
+    size: int
+    rank: int
+    conditions: int
 
     @property
     def groups(self) -> int:
@@ -69,6 +90,14 @@ ADAPTER_CASES = (
     AdapterCase("images_B64_S512_m64", 64, 512, 768, 64, 64, 24, 0),
     AdapterCase("tasks8_B64_S64_m64_d4096", 64, 64, 4096, 64, 128, 8, 8),
     AdapterCase("images_B64_S64_m64_d4096", 64, 64, 4096, 64, 128, 4, 0),
+    AdapterCase("images_B64_S32_m24_L12", 64, 32, 768, 24, 64, 12, 0),
+    AdapterCase("images_B64_S64_m64_L12", 64, 64, 768, 64, 64, 12, 0),
+)
+
+LOW_RANK_CASES = (
+    LowRankCase("lora_tasks4_B64_S32_r8", 64, 32, 768, 8, 4),
+    LowRankCase("lora_tasks16_B64_S8_r8", 64, 8, 768, 8, 16),
+    LowRankCase("lora_images_B64_S8_r8", 64, 8, 768, 8, 0),
 )
 
 PREFIX_CASES = (
@@ -83,7 +112,9 @@ PREFIX_CASES = (
 
 SUITES = {
     "smoke": ("tasks4_B64_S8_m64", "images_B16_S8_m64", *(case.name for case in PREFIX_CASES[:2])),
-    "cpu": tuple(case.name for case in ADAPTER_CASES[:6]),
-    "gpu10": tuple(case.name for case in (*ADAPTER_CASES[6:], *PREFIX_CASES[2:])),
-    "full": tuple(case.name for case in (*ADAPTER_CASES, *PREFIX_CASES)),
+    "cpu": tuple(case.name for case in (*ADAPTER_CASES[:6], *LOW_RANK_CASES)),
+    "gpu10": tuple(case.name for case in (*ADAPTER_CASES[6:13], *LOW_RANK_CASES, *PREFIX_CASES[2:])),
+    "chunks": tuple(case.name for case in ADAPTER_CASES[13:]),
+    "low_rank": tuple(case.name for case in LOW_RANK_CASES),
+    "full": tuple(case.name for case in (*ADAPTER_CASES, *LOW_RANK_CASES, *PREFIX_CASES)),
 }

@@ -1,9 +1,16 @@
-"""Weights from hyper-embeddings, for every site and condition at once."""
+"""Weights from hyper-embeddings, for every site and condition at once, and how they lie in one packed row."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
+
+ROWS_A_FLUSH = 4
+"""Rows of weights, for every number of a hyper-embedding, that make the gradient of the generating map cheap: it is
+(N, E) and is written anew for every chunk of sites, beside C x N for each of the chunk's sites."""
 
 
 def generate(hyper: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -13,3 +20,22 @@ def generate(hyper: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Conditions must come deduplicated: cost and memory grow with C, not with the batch.
     """
     return F.linear(hyper, weight, bias)
+
+
+def unpack(packed: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The tensors (..., *shape) that packed rows (..., N) hold one after the other: views, which every op takes as they
+    are."""
+    parts = packed.split([math.prod(shape) for shape in shapes], dim=-1)
+    return [part.unflatten(-1, shape) if len(shape) > 1 else part for part, shape in zip(parts, shapes, strict=True)]
+
+
+def sites_at_once(shape: Sequence[int], share: float | None) -> int:
+    """How many sites of hyper-embeddings (S, C, E) to generate together where only `share` of the weights may be there
+    (None: all).
+
+    Never fewer than 4 E / C, below which the gradient of the map would cost more than the weights.
+    """
+    sites, conditions, hyper = shape
+    if share is None or share >= 1:
+        return sites
+    return min(sites, max(math.ceil(ROWS_A_FLUSH * hyper / max(conditions, 1)), int(share * sites)))

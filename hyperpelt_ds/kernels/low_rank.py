@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hyperpelt_ds.kernels.adapter import check_index, segment
 from hyperpelt_ds.kernels.index import BatchIndex
+from hyperpelt_ds.kernels.regenerate import Later
+from hyperpelt_ds.kernels.regenerate import bind as bind_later
 
 
 class SiteLowRank(NamedTuple):
@@ -41,10 +43,21 @@ def low_rank(x: Tensor, output: Tensor, deltas: Sequence[SiteLowRank]) -> Tensor
     return output
 
 
-def bind(deltas: Sequence[SiteLowRank]) -> Callable[[Tensor, Tensor], Tensor]:
+def bind(deltas: Sequence[SiteLowRank | Later]) -> Callable[[Tensor, Tensor], Tensor]:
     """`low_rank` as a function of x and output alone, with what depends on the weights alone done here (as in
-    `adapter.bind`)."""
+    `adapter.bind`); deltas that are `Later` are made in every call, from down and up."""
+    ready = [part for part in deltas if isinstance(part, SiteLowRank)]
+    if len(ready) < len(deltas):
+        return bind_later(deltas, _finish, low_rank)
+    return _bind(ready)
 
+
+def _finish(made: Sequence[Tensor], scale: Tensor, users: BatchIndex) -> SiteLowRank:
+    down, up = made
+    return SiteLowRank(down, scale * up, users)
+
+
+def _bind(deltas: Sequence[SiteLowRank]) -> Callable[[Tensor, Tensor], Tensor]:
     def run(x: Tensor, output: Tensor) -> Tensor:
         return low_rank(x, output, deltas)
 

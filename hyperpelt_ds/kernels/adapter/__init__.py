@@ -13,6 +13,8 @@ from hyperpelt_ds.kernels.adapter import reference, segment
 from hyperpelt_ds.kernels.adapter.reference import ACTIVATIONS
 from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError, KernelUnavailableError
 from hyperpelt_ds.kernels.index import BatchIndex
+from hyperpelt_ds.kernels.regenerate import Later
+from hyperpelt_ds.kernels.regenerate import bind as bind_later
 
 __all__ = ["ACTIVATIONS", "SiteAdapter", "adapter", "bind"]
 
@@ -66,12 +68,24 @@ def adapter(
     return reference.adapter(x, residual, adapters, activation)
 
 
-def bind(adapters: Sequence[SiteAdapter], activation: str) -> Callable[[Tensor, Tensor], Tensor]:
+def bind(adapters: Sequence[SiteAdapter | Later], activation: str) -> Callable[[Tensor, Tensor], Tensor]:
     """`adapter` as a function of x and residual alone, for weights that are applied many times (one token a call).
 
     Where the torch path runs it and nothing needs a gradient, all that depends on the weights alone is done here.
+    Adapters that are `Later` are made in every call, from tensors as SiteAdapter has them, without scale.
     """
+    ready = [part for part in adapters if isinstance(part, SiteAdapter)]
+    if len(ready) < len(adapters):
+        return bind_later(adapters, _finish, lambda x, residual, parts: adapter(x, residual, parts, activation))
+    return _bind(ready, activation)
 
+
+def _finish(made: Sequence[Tensor], scale: Tensor, users: BatchIndex) -> SiteAdapter:
+    down, down_bias, up, up_bias, *norm = made
+    return SiteAdapter(down, down_bias, up, up_bias, scale, users, *norm)
+
+
+def _bind(adapters: Sequence[SiteAdapter], activation: str) -> Callable[[Tensor, Tensor], Tensor]:
     def run(x: Tensor, residual: Tensor) -> Tensor:
         return adapter(x, residual, adapters, activation)
 
