@@ -36,9 +36,10 @@ _PROGRAMS = {
 }
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _UNSHARE = ("unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc")
+_OURS = ("bash -c", "sshd:", "/usr/sbin/sshd", "ps -e")
 _START_SECONDS = 30
 
-# Binds hide the machine's own files inside the cluster only. root may be locked ("!"), and sshd refuses locked accounts.
+# Binds hide the machine's own files inside the cluster only. root may be locked ("!"), which sshd would refuse.
 _OUTER = """
 set -eu
 mount --make-rprivate /
@@ -118,7 +119,7 @@ class Cluster:
         self._node: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Cluster:
-        self._lock = open(Path(tempfile.gettempdir(), "hyperpelt_cluster.lock"), "w")  # noqa: SIM115
+        self._lock = open(Path(tempfile.gettempdir(), "hyperpelt_cluster.lock"), "w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         try:
             self._write_files()
@@ -177,7 +178,7 @@ class Cluster:
     def processes(self, node: str) -> list[str]:
         """Command lines of what runs on a node beside its sshd."""
         inside = self.run(node, "ps", "-e", "-o", "args=", timeout=20).stdout.splitlines()
-        return [line for line in inside if not line.startswith(("bash -c", "sshd:", "/usr/sbin/sshd", "sleep", "ps -e"))]
+        return [line for line in inside if not line.startswith(_OURS)]
 
     def partition(self, node: str) -> None:
         """Pulls the node's network cable."""
