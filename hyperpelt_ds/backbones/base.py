@@ -24,6 +24,7 @@ from transformers import (
 
 from hyperpelt_ds.backbones import attention, bart, hooks, llama, t5
 from hyperpelt_ds.backbones.family import Family
+from hyperpelt_ds.backbones.hub import cannot_load
 from hyperpelt_ds.backbones.prefix_form import TOKEN_ALONE, Form
 from hyperpelt_ds.backbones.ragged import ends_of
 from hyperpelt_ds.backbones.slot import Slot
@@ -290,14 +291,21 @@ def load_backbone(config: ModelConfig, modules: ModulesConfig | None = None) -> 
                 setattr(model_config, name, config.dropout)
         for name in family.no_dropout_fields:
             setattr(model_config, name, 0.0)
-        tokenizer = family.layout.tokenizer(AutoTokenizer.from_pretrained(where))
+        tokenizer = family.layout.tokenizer(_tokenizer(where))
         dtype = getattr(torch, config.dtype)
         model = family.layout.auto_class.from_pretrained(where, config=model_config, dtype=dtype)
     except OSError as error:
-        raise ValueError(f"model.backbone: cannot load {where!r}: {str(error).splitlines()[0]}") from error
+        raise cannot_load("model.backbone", where, error) from error
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Backbone(model, tokenizer, modules, config.train_backbone, config.prefix_form)
+
+
+def _tokenizer(where: str) -> PreTrainedTokenizerBase:
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(where))
+    except TypeError as error:  # how transformers 5.24 takes a tokenizer's file that is not there
+        raise OSError(f"a file of its tokenizer is missing ({error})") from error
 
 
 def random_model(model_type: str, **fields: Any) -> Any:

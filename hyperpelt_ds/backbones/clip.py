@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
+from hyperpelt_ds.backbones.hub import cannot_load
+
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -16,10 +18,13 @@ def load_clip(path: str, image_size: int) -> tuple[nn.Module, list[tuple[str, Te
     """A module from pixels (B, 3, image_size, image_size), normalised by MEAN and STD, to the last layer's patch
     states (B, V, F) without the class token; and the tower's weights by name.
 
-    `path` is a local folder or a hub id. Raises ValueError if the tower was made for another image size, and OSError
-    (transformers') if it cannot be found.
+    `path` is a local folder or a hub id. Raises ValueError if it cannot be loaded, or if the tower was made for
+    another image size.
     """
-    model = CLIPVisionModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    try:
+        model = CLIPVisionModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    except OSError as error:
+        raise cannot_load("vision.weights", path, error) from error
     expected = model.config.image_size
     if image_size != expected:
         raise ValueError(f"vision.image_size: {path} takes images of {expected} pixels, got {image_size}")

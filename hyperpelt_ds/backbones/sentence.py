@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from hyperpelt_ds.backbones.hub import cannot_load
+
 
 @torch.no_grad()
 def sentence_vectors(path: str, sentences: Sequence[str]) -> Tensor:
@@ -23,8 +25,7 @@ def sentence_vectors(path: str, sentences: Sequence[str]) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"hypernet.sentence_encoder: cannot load {path!r}: {reason}") from error
+        raise cannot_load("hypernet.sentence_encoder", path, error) from error
     batch = tokenizer(list(sentences), padding=True, truncation=True, return_tensors="pt")
     states: Tensor = model(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1)

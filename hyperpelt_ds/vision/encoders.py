@@ -86,10 +86,7 @@ def load_encoder(config: VisionConfig, device: str | torch.device = "cpu") -> Vi
 
         if config.stage is not None:
             raise ValueError(f"vision.stage: clip has no stages to choose from, got {config.stage!r}")
-        try:
-            patches, weights = clip.load_clip(config.weights, config.image_size)
-        except OSError as error:
-            raise ValueError(f"vision.weights: cannot load {config.weights!r}: {str(error).splitlines()[0]}") from error
+        patches, weights = clip.load_clip(config.weights, config.image_size)
         return VisionEncoder(about, patches, weights, (clip.MEAN, clip.STD), device)
     if config.encoder == "efficientnet_lite0":
         lite, stage = EfficientNetLite0(), config.stage or "head"
