@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,7 +85,7 @@ def test_the_run_goes_back_once_without_the_samples_around_and_then_ends(tmp_pat
     again = BadSteps(tmp_path, 4, 2)
     assert [again.leaves_out(first) for first in (40, 48, 56, 64, 72, 80)] == [False, True, True, True, True, False]
     again.judge(12, (88, 96), checkpoint=True)
-    with pytest.raises(NotFinite, match="2 steps in a row up to step 13 .* again after going back once"):
+    with pytest.raises(NotFinite, match=r"2 steps in a row up to step 13 .* again after going back once"):
         again.judge(13, (96, 104), checkpoint=True)
 
 
@@ -180,7 +180,7 @@ def supervise(tmp_path) -> Callable[..., int]:
         script = tmp_path / "run.py"
         script.write_text(RUN + textwrap.dedent(body))
         command = [sys.executable, str(script), str(tmp_path / "run")]
-        return Supervisor(command, tmp_path / "run", cycles, 0.01, 20.0, print).run()
+        return Supervisor(command, tmp_path / "run", cycles, 0.01, 2.0, print).run()
 
     return run
 
@@ -295,7 +295,7 @@ items = in_turn(Doubles(), 2, iter(range(10**9)))
 for item in items:
     if item % 40 == 0:
         print(item, *(child.pid for child in multiprocessing.active_children()), flush=True)
-    if item == 20_000: raise RuntimeError("a crash, with the iterator still in a traceback")
+    if item == 1000 and sys.argv[1] == '0.0': raise RuntimeError("a crash, with the iterator still in a traceback")
     time.sleep(float(sys.argv[1]))
 """
 

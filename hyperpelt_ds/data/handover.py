@@ -37,6 +37,7 @@ AHEAD = 2
 """Messages that each worker is asked for at a time."""
 SLOT_BYTES = 1 << 20
 """Of shared memory for a message; pages that are never written cost nothing."""
+_NOT_FOR_WORKERS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl: a signal for when the parent is gone
 
 
@@ -132,7 +133,9 @@ def _loader(dataset: Any, workers: int, sampler: Any) -> Iterator[Any]:
         generator=torch.Generator(),  # else it would draw a seed from the global generator that dropout uses
     )
     before = multiprocessing.active_children()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)  # until each of them ignores these signals
     iterator = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     own = [worker for worker in multiprocessing.active_children() if worker not in before]
     weakref.finalize(iterator, _end, own, os.getpid())
     return iterator
@@ -140,9 +143,13 @@ def _loader(dataset: Any, workers: int, sampler: Any) -> Iterator[Any]:
 
 def _end(workers: list[BaseProcess], parent: int) -> None:
     """At the end of the iterator, or else of the process, which would wait for workers that heed no SIGTERM."""
-    if os.getpid() == parent:
-        for worker in workers:
+    left = [worker for worker in workers if worker.is_alive()] if os.getpid() == parent else []
+    if left:
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker dies
+        for worker in left:
             worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, before)
 
 
 class _Mail:
@@ -207,9 +214,9 @@ def _begin(worker: int) -> None:
     """In a worker, before it works. Signals reach the whole process group, and launchers send them to workers first;
     the training process alone decides what they mean, and no worker outlives it. What was inherited is never garbage:
     to look through it again and again would copy page after page of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in _NOT_FOR_WORKERS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_WORKERS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
     gc.freeze()

@@ -50,10 +50,16 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit code of the last cycle: 0 if the run is done, else as outcome.py lists them."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGCHLD})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGCHLD})  # they are waited for instead
+        try:
+            return self._run(before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _run(self, mask: set[int | signal.Signals]) -> int:
         reached, idle = self._saved(), 0
         while True:
-            code = self._cycle(before)
+            code = self._cycle(mask)
             saved = self._saved()
             idle = 0 if saved > reached else idle + 1
             reached = max(reached, saved)
