@@ -81,7 +81,9 @@ class BadSteps:
 
     def __init__(self, run_dir: Path, step: int, limit: int):
         """For a run that goes on from `step`; every rank calls it."""
-        self._folder, self._limit, self._row = run_dir, limit, 0
+        self._folder, self._limit = run_dir, limit
+        self.in_a_row = 0
+        """Steps that were not finite since the last one that was applied."""
         self._lines = run_dir / BAD_STEPS
         found: tuple[int, tuple[int, int] | None] = 0, None
         if dist.rank() == 0:
@@ -97,10 +99,13 @@ class BadSteps:
 
     def good(self) -> None:
         """A step was applied."""
-        self._row = 0
+        self.in_a_row = 0
 
     def add(self, step: int, samples: tuple[int, int], reason: str, culprits: Sequence[str] = ()) -> None:
-        """A step over the run's samples [first, end) that changed nothing; `culprits` names some of them."""
+        """A step over the run's samples [first, end) that changed nothing.
+
+        `culprits` names those whose loss was not finite: the bad ones, and others of their micro-batches.
+        """
         self.count += 1
         if dist.rank() == 0:
             with self._lines.open("a") as file:
@@ -115,16 +120,16 @@ class BadSteps:
 
         Every rank calls it. `checkpoint`: whether there is one to go back to.
         """
-        self._row += 1
-        if self._row < self._limit:
+        self.in_a_row += 1
+        if self.in_a_row < self._limit:
             return
-        text = f"{self._row} steps in a row up to step {step} were not finite (train.max_consecutive_skips)"
+        text = f"{self.in_a_row} steps in a row up to step {step} were not finite (train.max_consecutive_skips)"
         if self._left_out is not None:
             raise NotFinite(f"{text}, again after going back once; {self._lines} lists them")
         if not checkpoint:
             raise NotFinite(f"{text}, and there is no checkpoint to go back to; {self._lines} lists them")
         size = samples[1] - samples[0]
-        left_out = max(0, samples[1] - 2 * self._row * size), samples[1]
+        left_out = max(0, samples[1] - 2 * self.in_a_row * size), samples[1]
         if dist.rank() == 0:
             (self._folder / ROLLBACK).write_text(json.dumps({"from_step": step, "samples": left_out}) + "\n")
         dist.barrier()

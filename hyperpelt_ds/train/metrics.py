@@ -104,7 +104,7 @@ class Window:
             "perf/samples_per_second": sum(counts) / seconds,
             "perf/tokens_per_second": tokens / seconds,
             "perf/memory_gib": max(r[1] for r in ranks),
-            "data/padding_share": 1.0 - tokens / max(1.0, places),
+            **({"data/padding_share": 1.0 - tokens / places} if places else {}),
             "data/wait_fraction": waited / len(ranks),
         }
 

@@ -112,7 +112,9 @@ class _Steps:
             with self.window.paused():
                 if self._validates(step):
                     self._validate()
-                if step % train.save_every == 0 or step == train.steps or self._exhausted():
+                # in a row of bad steps nothing is new, and the way back must lead to before it
+                due = step % train.save_every == 0 and not self.bad.in_a_row
+                if due or step == train.steps or self._exhausted():
                     self.save()
         best = self.progress.best_score
         log.info("%s: finished at step %d, best validation score %s", run.folder, self.progress.step, best)
