@@ -219,6 +219,22 @@ class TrainConfig:
     eval_every: int = 500
     patience: int = 0
     """Stop after this many validations without a better mean score; 0 never stops early."""
+    max_consecutive_skips: int = 8
+    """A step whose loss or gradient is not finite on any rank changes no weight. After so many in a row the run goes
+    back to its newest checkpoint, once, leaving out their samples and those of as many steps before; the next time it
+    ends."""
+    check_every: int = 500
+    """Steps between looks whether all ranks hold the same weights; the first step is always looked at."""
+    start_limit: float = 1800.0
+    """Seconds without progress after which a process ends itself (exit code 70): before the second step. 0: no limit,
+    here and below."""
+    step_limit: float = 300.0
+    """In a step, or 20 times the median of the last steps if that is more. Reading a remote shard again and again may
+    take three minutes."""
+    eval_limit: float = 600.0
+    """In a batch of a validation."""
+    save_limit: float = 600.0
+    """In saving a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +396,8 @@ _POSITIVE = (
     "train.save_every",
     "train.keep_checkpoints",
     "train.eval_every",
+    "train.max_consecutive_skips",
+    "train.check_every",
     "eval.batch_size",
     "eval.num_beams",
 )
@@ -397,6 +415,10 @@ _NOT_NEGATIVE = (
     "train.weight_decay",
     "train.gradient_clipping",
     "train.patience",
+    "train.start_limit",
+    "train.step_limit",
+    "train.eval_limit",
+    "train.save_limit",
     "eval.samples_per_task",
 )
 

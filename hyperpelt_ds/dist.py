@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,12 +51,23 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def total(value: float) -> torch.Tensor:
-    """The sum of every rank's `value`, a scalar on the device of this rank; waits for no device."""
-    number = torch.tensor(float(value), device=device())
+def host_sum(values: Sequence[int]) -> list[int]:
+    """The sums over all ranks of a few integers of each; waits for the other ranks' hosts, for no device."""
+    numbers = torch.tensor([int(value) for value in values], dtype=torch.int64)
     if torch_dist.is_initialized():
-        torch_dist.all_reduce(number)
-    return number
+        torch_dist.all_reduce(numbers, group=_host_group())
+    return [int(number) for number in numbers]
+
+
+def _host_group() -> Any:
+    """A group of all ranks over gloo, whatever the devices use."""
+    world = torch_dist.group.WORLD
+    return world if torch_dist.get_backend() == "gloo" else _gloo_beside(world)
+
+
+@functools.cache
+def _gloo_beside(world: Any) -> Any:
+    return torch_dist.new_group(backend="gloo")
 
 
 def agree(name: str, value: Any) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import fire
 
+from hyperpelt_ds.train.outcome import Stopped
+
 _OWN = tuple(str(Path(__file__).resolve().parents[1] / folder) for folder in ("hyperpelt_ds", "launch"))
 
 
@@ -21,11 +23,17 @@ def run(function: Callable[..., None]) -> None:
     """Calls `function` with the command line's flags; exits with 2 after one line `error: ...` for a bad request.
 
     A ValueError raised by this project is the user's to mend; one raised by a library is a bug and keeps its traceback.
+    A training that its ranks left together exits with the code that says why.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     try:
         fire.Fire(function, command=_checked(function, sys.argv[1:]))
         _leave_group()
+    except Stopped as stop:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(stop, file=sys.stderr, flush=True)
+        _leave_group()
+        sys.exit(stop.code)
     except ValueError as error:
         if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_OWN):
             raise
@@ -39,15 +47,20 @@ def _checked(function: Callable[..., None], arguments: list[str]) -> list[str]:
     Left alone, fire answers an unknown flag with a page, takes what follows a bare switch for its value, and reads
     `--text "a, b"` as a tuple and `--run_dir 1e3` as a number.
     """
-    if any(argument in ("--help", "-h") for argument in arguments):
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if any(argument in ("--help", "-h") for argument in own):
         return ["--help"]
     parameters = inspect.signature(function).parameters
     takes_words = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
     flags = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    checked, given, rest = [], set(), iter(arguments)
+    checked: list[str] = []
+    given, rest = set(), iter(arguments)
     for argument in rest:
         name, has_value, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
+        if argument == "--" and takes_words:  # another command, not to be looked into
+            checked += map(repr, rest)
+            break
         if not argument.startswith("--"):
             if not takes_words:
                 raise ValueError(f"unexpected {argument!r}; a value with spaces needs quotes")

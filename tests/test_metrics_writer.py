@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hyperpelt_ds.contracts import Batch
+from hyperpelt_ds.contracts import Batch, Sample
 from hyperpelt_ds.train.metrics import Window, Writer
 
 
@@ -31,10 +31,15 @@ def batch(tasks: list[int], lengths: list[int], targets: list[int], weights: lis
     )
 
 
+def add(window: Window, batch: Batch, losses: torch.Tensor) -> None:
+    window.add(batch, losses)
+    window.keep()
+
+
 def test_losses_are_means_over_valid_samples_of_the_whole_window():
     window = Window(["a", "b", "c"], torch.device("cpu"))
-    window.add(batch([0, 2, 2], [4, 2, 1], [1, 1, 2], [1.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 100.0]))
-    window.add(batch([0, 0], [2, 2], [1, 1], [1.0, 1.0]), torch.tensor([3.0, 5.0]))
+    add(window, batch([0, 2, 2], [4, 2, 1], [1, 1, 2], [1.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 100.0]))
+    add(window, batch([0, 0], [2, 2], [1, 1], [1.0, 1.0]), torch.tensor([3.0, 5.0]))
     values = window.read()
     assert values["train/loss"] == pytest.approx((1 + 2 + 3 + 5) / 4)
     assert values["train/a/loss"] == pytest.approx(3.0)
@@ -42,17 +47,30 @@ def test_losses_are_means_over_valid_samples_of_the_whole_window():
     assert "train/b/loss" not in values, "a task that was not drawn has no loss"
 
 
+def test_a_step_that_is_dropped_counts_nowhere_and_names_the_samples_that_were_not_finite():
+    window = Window(["a"], torch.device("cpu"))
+    samples = tuple(Sample(str(key), "a", "", "") for key in range(3))
+    bad = batch([0, 0, 0], [1, 1, 1], [1, 1, 1], [1.0, 1.0, 0.0])._replace(samples=samples)
+    window.add(bad, torch.tensor([1.0, torch.nan, torch.inf]))
+    assert window.drop() == ["a/1"]
+    assert "train/loss" not in window.read(), "a mean over nothing"
+    window.add(bad, torch.tensor([1.0, torch.nan, torch.inf]))
+    window.drop()
+    add(window, batch([0], [1], [1], [1.0]), torch.tensor([7.0]))
+    assert window.read()["train/loss"] == pytest.approx(7.0)
+
+
 def test_padding_share_counts_source_and_target_places():
     window = Window(["a"], torch.device("cpu"))
-    window.add(batch([0, 0], [4, 2], [1, 3], [1.0, 1.0]), torch.zeros(2))
+    add(window, batch([0, 0], [4, 2], [1, 3], [1.0, 1.0]), torch.zeros(2))
     assert window.read()["data/padding_share"] == pytest.approx(1 - (4 + 2 + 1 + 3) / (2 * 4 + 2 * 3))
 
 
 def test_a_read_begins_a_new_window():
     window = Window(["a"], torch.device("cpu"))
-    window.add(batch([0], [1], [1], [1.0]), torch.tensor([7.0]))
+    add(window, batch([0], [1], [1], [1.0]), torch.tensor([7.0]))
     window.read()
-    window.add(batch([0], [1], [1], [1.0]), torch.tensor([1.0]))
+    add(window, batch([0], [1], [1], [1.0]), torch.tensor([1.0]))
     assert window.read()["train/loss"] == pytest.approx(1.0)
 
 
@@ -64,7 +82,7 @@ def test_waiting_counts_in_the_wait_share_and_a_pause_counts_nowhere():
     with window.paused():
         torch.randn(300, 300) @ torch.randn(300, 300)
     assert window._start > start
-    window.add(batch([0], [1], [1], [1.0]), torch.tensor([1.0]))
+    add(window, batch([0], [1], [1], [1.0]), torch.tensor([1.0]))
     assert 0 < window.read()["data/wait_fraction"] <= 1
 
 

@@ -69,7 +69,7 @@ def train(wrapped: engine.Engine, step: int) -> float:
         wrapped.backward(loss)
         losses.append(loss.item())
     wrapped.step()
-    return float(dist.total(sum(losses)) / len(losses) / dist.world_size())
+    return sum(dist.gather(sum(losses))) / len(losses) / dist.world_size()
 
 
 def compare(wrapped: engine.Engine, folder: Path) -> None:

@@ -8,14 +8,19 @@ order of a run.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import math
 import mmap
+import multiprocessing
 import os
 import pickle
 import signal
+import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
@@ -32,6 +37,8 @@ AHEAD = 2
 """Messages that each worker is asked for at a time."""
 SLOT_BYTES = 1 << 20
 """Of shared memory for a message; pages that are never written cost nothing."""
+_NOT_FOR_WORKERS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl: a signal for when the parent is gone
 
 
 def pack_samples(samples: Iterable[Sample]) -> list[tuple[Any, ...]]:
@@ -125,7 +132,24 @@ def _loader(dataset: Any, workers: int, sampler: Any) -> Iterator[Any]:
         worker_init_fn=_begin,
         generator=torch.Generator(),  # else it would draw a seed from the global generator that dropout uses
     )
-    return iter(loader)
+    before = multiprocessing.active_children()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)  # until each of them ignores these signals
+    iterator = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    own = [worker for worker in multiprocessing.active_children() if worker not in before]
+    weakref.finalize(iterator, _end, own, os.getpid())
+    return iterator
+
+
+def _end(workers: list[BaseProcess], parent: int) -> None:
+    """At the end of the iterator, or else of the process, which would wait for workers that heed no SIGTERM."""
+    left = [worker for worker in workers if worker.is_alive()] if os.getpid() == parent else []
+    if left:
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker dies
+        for worker in left:
+            worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, before)
 
 
 class _Mail:
@@ -187,7 +211,12 @@ def _same(item: Any) -> Any:
 
 
 def _begin(worker: int) -> None:
-    """In a worker, before it works. Ctrl-C reaches the whole process group; the training process alone decides what it
-    means. What was inherited is never garbage: to look through it again and again would copy page after page of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker, before it works. Signals reach the whole process group, and launchers send them to workers first;
+    the training process alone decides what they mean, and no worker outlives it. What was inherited is never garbage:
+    to look through it again and again would copy page after page of it."""
+    for number in _NOT_FOR_WORKERS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_WORKERS)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
     gc.freeze()

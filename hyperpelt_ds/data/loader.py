@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +90,7 @@ class TrainStream:
         self._collator = collator_for(config, tasks, tokenizer)
         self._tokens_per_byte = {task: self._measure(task) for task in counts} if train.micro_tokens else {}
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Generator[list[Batch], None, None]:
         self._planned.clear()
         self._given = 0
         steps = Steps(self._reader, self._collator, self.config)

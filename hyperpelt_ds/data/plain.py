@@ -12,7 +12,7 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import webdataset
@@ -104,7 +104,7 @@ class PlainStream:
                 ", ".join(trained),
             )
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Generator[list[Batch], None, None]:
         self._given.clear()
         for batches, holes, truncated in read_ahead(_Draws(self, self._committed), self.config.data.workers):
             self.truncated += truncated

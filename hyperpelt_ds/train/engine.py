@@ -129,6 +129,9 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
             f"{path}: ZeRO stage 3 cannot train the backbone (model.train_backbone): it gathers weights when "
             f"a rank needs them, and ranks decode answers of different lengths in validation; use stage 0, 1 or 2"
         )
+    for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if not tree.get(section, {}).get(key, True):
+            raise ValueError(f"{path}: {section}.{key} must stay true: it keeps gradients that are not finite out")
     halved = [name for name in ("bf16", "fp16") if tree.get(name, {}).get("enabled")]
     if halved and config.transfer.train == "embeddings":
         raise ValueError(
@@ -180,10 +183,12 @@ class Engine:
         self.stage = int(engine.zero_optimization_stage())
         self.accumulation = int(engine.gradient_accumulation_steps())
         """What DeepSpeed divides a micro-batch's loss by."""
+        self._guarded = hasattr(engine.optimizer, "overflow")
+        """Whether DeepSpeed itself leaves out an update that is not finite. Seen in 0.19.8: all of its own optimizers
+        do, given the settings that `merge` insists on; at stage 0 in float32 or autocast there is only torch's."""
+        self.searches_scale = bool(engine.fp16_enabled() and engine.dynamic_loss_scale())
+        """Whether updates are left out on purpose now and then, to find float16's loss scale."""
         self._gradient_norm = torch.zeros(())
-        self._finite = True
-        if self.stage == 0:
-            engine.optimizer.register_step_pre_hook(self._leave_out_not_finite)
 
     def forward(self, batch: Any, last: bool) -> Any:
         """The model on a micro-batch; `last` if it is the step's last one.
@@ -194,23 +199,43 @@ class Engine:
         return self._engine(batch)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of the micro-batch just forwarded, divided by `accumulation` and the world size."""
-        self._engine.backward(loss)
+        """Adds the gradient of the micro-batch just forwarded, divided by `accumulation` and the world size.
+
+        That of an infinite loss can be finite. Here it never is, so that the gradient alone, which all ranks share by
+        the time of `step`, says whether the loss of any of them was not finite.
+        """
+        self._engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 
     def step(self) -> bool:
-        """Applies the accumulated gradient; False if it was not finite, and no weight was changed."""
-        if self.stage == 0:  # without ZeRO the engine clips and forgets the norm, and tests nothing
-            self._gradient_norm = _norm(self.model)
-            self._finite = bool(self._gradient_norm.isfinite())
-        self._engine.step()
-        return self._finite and bool(self._engine.was_step_applied())
+        """Applies the accumulated gradient; False on every rank if it was not finite, or a rank's loss was not.
 
-    def _leave_out_not_finite(self, *_: Any) -> None:
-        """Just before the optimizer's update, after clipping: without gradients there is none (the rate moves on)."""
-        for parameter in self.model.parameters() if not self._finite else ():
-            parameter.grad = None
+        Then weights, moments and schedule are what they were. Waits for the device, as DeepSpeed's own norm does.
+        """
+        if not self._guarded:  # then the engine also forgets the norm that it clips by
+            self._gradient_norm = _norm(self.model)
+            if not self._gradient_norm.isfinite():
+                self._engine.zero_grad()
+                return False
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The gradient that `step` would apply, in full, before clipping; None if there is none."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+
+    def checksums(self) -> dict[str, int]:
+        """A sum over the bits of every trainable as this rank holds it, by name. Waits for the device."""
+        sums = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                with _deepspeed().zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+                    sums[name] = parameter.detach().view(bits).sum(dtype=torch.int64)
+        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient over all trainables, before clipping. Waits for the device."""

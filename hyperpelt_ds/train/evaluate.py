@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,17 @@ WORDS_SAMPLES = 30_000
 
 
 def validate(
-    model: HyperPELT, manifest: Manifest, config: Config, split: str, limit: int
+    model: HyperPELT,
+    manifest: Manifest,
+    config: Config,
+    split: str,
+    limit: int,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """The metrics of every trained task on at most `limit` samples of `split` (0: all): task -> metric -> score.
 
-    Every rank calls it and gets the same result. The model must be in eval mode. A task without samples in the split,
+    Every rank calls it and gets the same result. The model must be in eval mode. `between` is called after each batch,
+    equally often on every rank; what it raises ends the validation. A task without samples in the split,
     or without one that can be used, is left out with a warning; ValueError if that leaves none.
     """
     names = [name for name in config.trained_tasks if manifest.count(name, split)]
@@ -55,6 +61,7 @@ def validate(
     for batch in evaluation_batches(manifest, split, names, collator, config.eval.batch_size, *ranks, limit):
         answered = zip(batch.samples, generate(model, batch, config), batch.loss_weights.tolist(), strict=True)
         found += [(sample, text) for sample, text, weight in answered if weight]
+        between()
     gathered = [answer for part in dist.gather(found) for answer in part]
     usable = {sample.task for sample, _ in gathered}
     unusable = [name for name in names if name not in usable]

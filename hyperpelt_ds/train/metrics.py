@@ -2,9 +2,11 @@
 
 The only file that writes TensorBoard events. Both files get the same names. It must not know when a log step is.
 
-    train/loss, train/<task>/loss       mean over the samples since the last log step, over all ranks
+    train/loss, train/<task>/loss       mean over the samples since the last log step, over all ranks, without those of
+                                        skipped steps
     train/learning_rate                 of the last step
-    train/gradient_norm                 of the last step, before clipping
+    train/gradient_norm                 of the last step, before clipping, if it was applied
+    train/skipped_steps                 steps of the run that changed no weight
     perf/samples_per_second, perf/tokens_per_second   over all ranks; tokens are real source and target tokens
     perf/memory_gib                     peak of the busiest rank: device memory, or the process's on a CPU
     data/padding_share                  share of the batches' token places that were padding
@@ -17,6 +19,7 @@ The only file that writes TensorBoard events. Both files get the same names. It 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -39,16 +42,36 @@ class Window:
 
     def __init__(self, tasks: Sequence[str], device: torch.device):
         self.tasks, self.device = tuple(tasks), device
+        self._step: list[tuple[Batch, Tensor]] = []
         self._clear()
 
     def add(self, batch: Batch, sample_losses: Tensor) -> None:
-        """A micro-batch on the device and its sample_losses (B,); samples of weight 0 do not count."""
-        count = (batch.loss_weights > 0).double()
-        rows = batch.tasks[batch.task_rows]
-        self._losses.index_add_(0, rows, sample_losses.double() * count)
-        self._counts.index_add_(0, rows, count)
-        self._tokens += batch.attention_mask.sum() + (batch.labels != -100).sum()
-        self._places += batch.attention_mask.numel() + batch.labels.numel()
+        """A micro-batch on the device and its sample_losses (B,), to be kept or dropped with the step."""
+        self._step.append((batch._replace(images=None), sample_losses.detach()))
+
+    def keep(self) -> None:
+        """The step that was added counts; samples of weight 0 do not."""
+        for batch, sample_losses in self._step:
+            count = (batch.loss_weights > 0).double()
+            rows = batch.tasks[batch.task_rows]
+            self._losses.index_add_(0, rows, sample_losses.double() * count)
+            self._counts.index_add_(0, rows, count)
+            self._tokens += batch.attention_mask.sum() + (batch.labels != -100).sum()
+            self._places += batch.attention_mask.numel() + batch.labels.numel()
+        self._step.clear()
+
+    def drop(self) -> list[str]:
+        """The step that was added does not count; names its samples whose loss is not finite. Waits for the device."""
+        names = [
+            f"{sample.task}/{sample.key}"
+            for batch, sample_losses in self._step
+            for sample, loss, weight in zip(
+                batch.samples, sample_losses.tolist(), batch.loss_weights.tolist(), strict=True
+            )
+            if weight and not math.isfinite(loss)
+        ]
+        self._step.clear()
+        return names
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -76,12 +99,12 @@ class Window:
         seconds = elapsed / len(ranks)
         means = {f"train/{t}/loss": x / n for t, x, n in zip(self.tasks, losses, counts, strict=True) if n}
         return {
-            "train/loss": sum(losses) / max(1.0, sum(counts)),
+            **({"train/loss": sum(losses) / sum(counts)} if any(counts) else {}),
             **means,
             "perf/samples_per_second": sum(counts) / seconds,
             "perf/tokens_per_second": tokens / seconds,
             "perf/memory_gib": max(r[1] for r in ranks),
-            "data/padding_share": 1.0 - tokens / places,
+            **({"data/padding_share": 1.0 - tokens / places} if places else {}),
             "data/wait_fraction": waited / len(ranks),
         }
 
@@ -101,9 +124,14 @@ class Writer:
     def __init__(self, run_dir: Path, step: int):
         self._board: SummaryWriter | None = None
         self._lines = run_dir / LINES
+        self.validated = 0
+        """The last step whose validation was written; on rank 0."""
         if dist.rank() == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             drop_after(self._lines, step)
+            if self._lines.is_file():
+                lines = map(json.loads, self._lines.read_text().splitlines())
+                self.validated = max((line["step"] for line in lines if "eval/mean" in line), default=0)
             self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:

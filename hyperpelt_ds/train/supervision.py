@@ -1,0 +1,146 @@
+"""Keeps a run going: starts its command again and again until it is done, cannot be helped, or makes no progress.
+
+It knows of the run what is on disk (STATUS.json, LATEST, the processes that the ranks recorded) and its own child.
+Nothing is ever ended by name: only the child's process group, and recorded processes that still are the same ones.
+Standard library only; it must not know DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hyperpelt_ds.train import outcome
+
+PROCESSES = "processes"
+
+# Data, numerics and differing ranks need a human; 2 is what a command says of a wrong request.
+_FINAL = {outcome.DataFault.code, outcome.NotFinite.code, outcome.Diverged.code}
+_REFUSED = 2
+_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_LONGEST_WAIT = 300.0
+
+
+def record_process(run_dir: Path, rank: int) -> None:
+    """Writes run_dir/processes/rank_R.json: where this process can be found, and when it began, which no later process
+    of the same number has in common with it."""
+    folder = run_dir / PROCESSES
+    folder.mkdir(parents=True, exist_ok=True)
+    process = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start(os.getpid())}
+    (folder / f"rank_{rank}.json").write_text(json.dumps(process) + "\n")
+
+
+class Supervisor:
+    """Runs `command`, which trains in `run_dir`."""
+
+    def __init__(
+        self, command: Sequence[str], run_dir: Path, cycles: int, wait: float, grace: float, say: Callable[[str], None]
+    ):
+        """`cycles` without a newer checkpoint end it. `wait` seconds, doubled for each such cycle, come before the next
+        start. A run that was asked to stop has `grace` seconds for it."""
+        self.command = [*command] if "--resume" in command else [*command, "--resume"]
+        self.run_dir, self.cycles, self.wait, self.grace, self.say = run_dir, cycles, wait, grace, say
+        self._asked = False
+
+    def run(self) -> int:
+        """The exit code of the last cycle: 0 if the run is done, else as outcome.py lists them."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGCHLD})  # they are waited for instead
+        try:
+            return self._run(before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _run(self, mask: set[int | signal.Signals]) -> int:
+        reached, idle = self._saved(), 0
+        while True:
+            code = self._cycle(mask)
+            saved = self._saved()
+            idle = 0 if saved > reached else idle + 1
+            reached = max(reached, saved)
+            if code == 0 or self._asked or code in _FINAL or code == _REFUSED:
+                return code
+            if idle >= self.cycles:
+                self.say(f"{idle} cycles without a newer checkpoint than that of step {reached}: giving up")
+                return code
+            pause = min(self.wait * 2**idle, _LONGEST_WAIT)
+            self.say(f"exit code {code}, checkpoint of step {reached}; next start in {pause:.0f} s")
+            if signal.sigtimedwait(_SIGNALS, pause) is not None:
+                return outcome.Preempted.code
+
+    def _cycle(self, mask: set[int | signal.Signals]) -> int:
+        (self.run_dir / outcome.STATUS).unlink(missing_ok=True)
+        child = subprocess.Popen(
+            self.command,
+            start_new_session=True,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),  # else it would inherit the block
+        )
+        self.say(f"started {child.pid}: {' '.join(self.command)}")
+        end = float("inf")
+        while not _ended(child) and time.monotonic() < end:
+            got = signal.sigtimedwait({*_SIGNALS, signal.SIGCHLD}, 1.0)
+            if got is not None and got.si_signo in _SIGNALS and not self._asked:
+                self._asked, end = True, time.monotonic() + self.grace
+                self._ask(child)
+        self._clear(child)
+        return self._code(child.wait())
+
+    def _ask(self, child: subprocess.Popen[bytes]) -> None:
+        """A signal to one rank stops all, and lets the launcher see them end; before there is one, all are to go."""
+        ranks = self._ranks()
+        if ranks:
+            self.say(f"asking the run to stop (process {ranks[0]})")
+            os.kill(ranks[0], signal.SIGTERM)
+        else:
+            os.killpg(child.pid, signal.SIGTERM)
+
+    def _clear(self, child: subprocess.Popen[bytes]) -> None:
+        """Ends what is left of a cycle on this machine. The child is not yet reaped, so that its group is still its."""
+        end = time.monotonic() + (self.grace if _ended(child) else 0.0)
+        while self._ranks() and time.monotonic() < end:
+            time.sleep(0.2)
+        for process in self._ranks():
+            self.say(f"ending process {process}, which is left")
+            os.kill(process, signal.SIGKILL)
+        os.killpg(child.pid, signal.SIGKILL)
+
+    def _ranks(self) -> list[int]:
+        """The recorded processes of this machine that are still running."""
+        found = []
+        for file in sorted((self.run_dir / PROCESSES).glob("rank_*.json")):
+            process = json.loads(file.read_text())
+            if process["host"] == socket.gethostname() and _start(process["pid"]) == process["start"]:
+                found.append(process["pid"])
+        return found
+
+    def _saved(self) -> int:
+        """The step of the newest checkpoint, -1 if there is none."""
+        file = self.run_dir / "LATEST"
+        return int(file.read_text().strip().rpartition("_")[2]) if file.is_file() else -1
+
+    def _code(self, returned: int) -> int:
+        """What STATUS.json says, since launchers change codes and may even turn a death into 0."""
+        status = outcome.read_status(self.run_dir)
+        if status is not None and status["code"] is not None:
+            return int(status["code"])
+        if self._asked:
+            return outcome.Preempted.code
+        return returned if returned > 0 else 1
+
+
+def _ended(child: subprocess.Popen[bytes]) -> bool:
+    return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _start(process: int) -> int | None:
+    """When a process began, in ticks since the machine did; None if it is no more, or only waits to be reaped."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else int(fields[19])

@@ -1,0 +1,337 @@
+"""Leaving together, skipping, going back, hanging, and being started again: real signals, processes and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, free_port
+from test_launch import call  # noqa: F401  a fixture
+
+from hyperpelt_ds.config import TrainConfig
+from hyperpelt_ds.train import control, outcome, supervision
+from hyperpelt_ds.train.control import BadSteps, Control, RollBack
+from hyperpelt_ds.train.outcome import DataFault, Diverged, NotFinite, Preempted
+from hyperpelt_ds.train.supervision import Supervisor
+from hyperpelt_ds.train.watchdog import EVALUATION, STEP, Watchdog
+
+# --- the word of all ranks
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_only_asks_and_the_next_word_says_so(number):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with Control() as word:
+        assert word.poll(3) == (3, False, False)
+        os.kill(os.getpid(), number)
+        assert word.poll(usable=5, fault=True) == (5, True, True)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with Control():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_two_ranks_agree_and_see_when_they_do_not(run_python, tmp_path):
+    done = run_python(
+        *("deepspeed", "--master_port", free_port(), "--num_accelerators", 2, "tests/two_ranks_agree.py", tmp_path)
+    )
+    assert done.returncode == 0 and "held" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+# --- steps that changed nothing
+
+
+def bad_lines(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / control.BAD_STEPS).read_text().splitlines()]
+
+
+def test_bad_steps_are_lines_and_a_run_that_goes_on_drops_those_it_does_again(tmp_path):
+    bad = BadSteps(tmp_path, 0, 8)
+    bad.add(3, (16, 24), "not finite", ["easy_vqa/train-3"])
+    bad.add(5, (32, 40), "no sample can be used")
+    assert bad_lines(tmp_path)[0] == {
+        "step": 3, "samples": [16, 24], "reason": "not finite", "culprits": ["easy_vqa/train-3"],
+    }  # fmt: skip
+    assert bad.count == 2 and BadSteps(tmp_path, 4, 8).count == 1 == len(bad_lines(tmp_path))
+
+
+def test_only_steps_in_a_row_are_too_many(tmp_path):
+    bad = BadSteps(tmp_path, 0, 2)
+    for step in range(1, 9, 2):
+        bad.judge(step, (8 * step, 8 * step + 8), checkpoint=True)
+        bad.good()
+    bad.judge(9, (72, 80), checkpoint=True)
+    with pytest.raises(RollBack):
+        bad.judge(10, (80, 88), checkpoint=True)
+
+
+def test_the_run_goes_back_once_without_the_samples_around_and_then_ends(tmp_path):
+    bad = BadSteps(tmp_path, 0, 2)
+    bad.judge(9, (64, 72), checkpoint=True)
+    with pytest.raises(RollBack):
+        bad.judge(10, (72, 80), checkpoint=True)
+    again = BadSteps(tmp_path, 4, 2)
+    assert [again.leaves_out(first) for first in (40, 48, 56, 64, 72, 80)] == [False, True, True, True, True, False]
+    again.judge(12, (88, 96), checkpoint=True)
+    with pytest.raises(NotFinite, match=r"2 steps in a row up to step 13 .* again after going back once"):
+        again.judge(13, (96, 104), checkpoint=True)
+
+
+def test_without_a_checkpoint_there_is_no_way_back(tmp_path):
+    with pytest.raises(NotFinite, match="no checkpoint to go back to"):
+        BadSteps(tmp_path, 0, 1).judge(1, (0, 8), checkpoint=False)
+    assert not (tmp_path / control.ROLLBACK).exists()
+
+
+# --- the watchdog
+
+HANG = """
+import sys, time
+from pathlib import Path
+from hyperpelt_ds.config import TrainConfig
+from hyperpelt_ds.train.watchdog import Watchdog
+
+def asleep_for_ever():
+    time.sleep(10_000)
+
+with Watchdog(Path(sys.argv[1]), TrainConfig(start_limit=0.0, step_limit=1.0)) as dog:
+    dog.step(1)
+    dog.step(2)
+    asleep_for_ever()
+"""
+
+
+def test_a_process_that_hangs_writes_its_stacks_and_ends_with_70(run_python, tmp_path):
+    done = run_python("python", "-c", HANG, tmp_path / "run")
+    assert done.returncode == 70, done.stderr[-2000:]
+    stacks = (tmp_path / "run" / "stack_0.txt").read_text()
+    assert "asleep_for_ever" in stacks and "in phase 'step', step 2" in stacks
+    status = outcome.read_status(tmp_path / "run")
+    assert (status["state"], status["step"], status["code"]) == ("hung", 2, 70)
+
+
+def test_a_step_may_take_its_limit_or_twenty_medians_and_0_is_no_limit(tmp_path):
+    dog = Watchdog(tmp_path, TrainConfig(step_limit=60.0, eval_limit=0.0))
+    assert dog.limit(STEP) == 60.0 and dog.limit(EVALUATION) == 0.0
+    dog._durations.extend([1.0, 10.0, 90.0])
+    assert dog.limit(STEP) == 200.0
+    assert Watchdog(tmp_path, TrainConfig(step_limit=0.0)).limit(STEP) == 0.0
+
+
+# --- exit codes
+
+
+@pytest.mark.parametrize("kind, code", [(Preempted, 75), (DataFault, 65), (NotFinite, 66), (Diverged, 67)])
+def test_a_run_that_its_ranks_left_exits_with_the_code_that_says_why(call, kind, code):  # noqa: F811
+    def command() -> None:
+        raise kind("the reason")
+
+    assert call(command) == (code, "", "the reason\n")
+
+
+def test_what_follows_two_dashes_is_passed_on_as_it_is(call):  # noqa: F811
+    seen = []
+
+    def command(*words: str, number: int = 0) -> None:
+        seen.append((words, number))
+
+    assert call(command, "--number", 2, "--", "deepspeed", "--resume", "a=1", "--help")[0] == 0
+    assert seen == [(("deepspeed", "--resume", "a=1", "--help"), 2)]
+
+
+# --- the supervisor, over commands that leave behind what a run does
+
+RUN = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from hyperpelt_ds.train import outcome, supervision
+
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+with (folder / "starts").open("a") as file:
+    print(*sys.argv[2:], file=file)
+start = len((folder / "starts").read_text().splitlines())
+supervision.record_process(folder, 0)
+
+def save(step):
+    (folder / "LATEST").write_text(f"step_{step:08d}\\n")
+
+def end(state, code):
+    outcome.write_status(folder, state, start, code)
+    sys.exit(code)
+"""
+
+
+@pytest.fixture
+def supervise(tmp_path) -> Callable[..., int]:
+    def run(body: str, cycles: int = 3) -> int:
+        script = tmp_path / "run.py"
+        script.write_text(RUN + textwrap.dedent(body))
+        command = [sys.executable, str(script), str(tmp_path / "run")]
+        return Supervisor(command, tmp_path / "run", cycles, 0.01, 2.0, print).run()
+
+    return run
+
+
+def starts(tmp_path: Path) -> list[str]:
+    return (tmp_path / "run" / "starts").read_text().splitlines()
+
+
+def test_a_run_is_started_again_from_its_checkpoint_until_it_is_done(supervise, tmp_path):
+    assert supervise("""
+        save(start)
+        if start == 1: end("hung", 70)
+        if start == 2: end("preempted", 75)
+        if start == 3: os.kill(os.getpid(), signal.SIGKILL)
+        if start == 4: sys.exit(0)  # a launcher may call a death success
+        end("finished", 0)
+    """) == 0  # fmt: skip
+    assert starts(tmp_path) == ["--resume"] * 5
+
+
+def test_three_starts_without_a_newer_checkpoint_are_enough(supervise, tmp_path):
+    assert supervise("save(min(start, 2)); end('hung', 70)") == 70
+    assert len(starts(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("code", [65, 66, 67])
+def test_what_needs_a_human_is_not_started_again(supervise, tmp_path, code):
+    assert supervise(f"end('state', {code})") == code
+    assert len(starts(tmp_path)) == 1
+
+
+def test_a_wrong_request_is_not_started_again(supervise, tmp_path):
+    assert supervise("sys.exit(2)") == 2
+    assert len(starts(tmp_path)) == 1
+
+
+def alive(process: int) -> bool:
+    return supervision._start(process) is not None
+
+
+def test_nothing_of_a_cycle_is_left_when_the_next_begins(supervise, tmp_path):
+    assert supervise("""
+        if start == 1:  # a child in the same group, and a rank that left it, as torchrun's do
+            child = subprocess.Popen(["sleep", "1000"])
+            rank = subprocess.Popen(["setsid", "sleep", "1000"])
+            time.sleep(0.5)
+            (folder / "left").write_text(f"{child.pid} {rank.pid}")
+            import json
+            record = {"host": os.uname().nodename, "pid": rank.pid, "start": supervision._start(rank.pid)}
+            (folder / "processes" / "rank_1.json").write_text(json.dumps(record))
+            rank.returncode = 0
+            sys.exit(1)
+        left = (folder / "left").read_text().split()
+        (folder / "found").write_text(str([supervision._start(int(pid)) for pid in left]))
+        end("finished", 0)
+    """) == 0  # fmt: skip
+    assert (tmp_path / "run" / "found").read_text() == "[None, None]"
+
+
+def test_a_recorded_number_that_now_is_another_process_is_let_alone(tmp_path):
+    sleeper = subprocess.Popen(["sleep", "100"])
+    (tmp_path / "processes").mkdir()
+    record = {"host": os.uname().nodename, "pid": sleeper.pid, "start": supervision._start(sleeper.pid) - 1}
+    (tmp_path / "processes" / "rank_0.json").write_text(json.dumps(record))
+    try:
+        Supervisor([sys.executable, "-c", "raise SystemExit(2)"], tmp_path, 1, 0.0, 0.0, print).run()
+        assert sleeper.poll() is None
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_supervisor_lets_the_run_save_and_ends_both(tmp_path, number):
+    script = tmp_path / "run.py"
+    script.write_text(RUN + textwrap.dedent("""
+        def leave(*_):
+            save(7)
+            end("preempted", 75)
+        signal.signal(signal.SIGTERM, leave)
+        (folder / "ready").touch()
+        time.sleep(1000)
+    """))  # fmt: skip
+    command = [sys.executable, "launch/supervise.py", "--", sys.executable, script, tmp_path / "run"]
+    command += ["--run_dir", tmp_path / "run"]
+    child = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment())
+    wait_for(lambda: (tmp_path / "run" / "ready").exists(), child)
+    child.send_signal(number)
+    assert child.wait(60) == 75
+    assert (tmp_path / "run" / "LATEST").read_text() == "step_00000007\n" and len(starts(tmp_path)) == 1
+
+
+def test_supervise_needs_a_command_with_a_run_dir(call):  # noqa: F811
+    from test_launch import script
+
+    code, _, err = call(script("supervise").supervise, "--", "deepspeed", "launch/train.py", "--run_dir")
+    assert code == 2 and "has no --run_dir" in err
+
+
+# --- processes that read
+
+READERS = """
+import multiprocessing, sys, time
+from torch.utils.data import Dataset
+from hyperpelt_ds.data.handover import in_turn
+
+class Doubles(Dataset):
+    def __getitems__(self, items):
+        return [2 * item for item in items]
+
+items = in_turn(Doubles(), 2, iter(range(10**9)))
+for item in items:
+    if item % 40 == 0:
+        print(item, *(child.pid for child in multiprocessing.active_children()), flush=True)
+    if item == 1000 and sys.argv[1] == '0.0': raise RuntimeError("a crash, with the iterator still in a traceback")
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+def readers(pause: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", READERS, str(pause)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdout=-1, stderr=-1)
+
+
+def test_workers_let_signals_pass_and_end_with_their_parent():
+    process = readers(0.01)
+    workers = [int(pid) for pid in process.stdout.readline().split()[1:]]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
+    later = [int(process.stdout.readline().split()[0]) for _ in range(5)]
+    assert later == [40, 80, 120, 160, 200] and all(map(alive, workers)), "as if there had been no signal"
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(map(alive, workers)))
+
+
+def test_a_crash_ends_the_workers_and_is_not_held_up_by_them():
+    process = readers(0.0)
+    workers = [int(pid) for pid in process.stdout.readline().split()[1:]]
+    assert process.wait(120) == 1 and "a crash" in process.stderr.read()
+    assert not any(map(alive, workers))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def wait_for(true: Callable[[], bool], child: subprocess.Popen | None = None, limit: float = 240.0) -> None:
+    end = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < end and (child is None or child.poll() is None)
+        time.sleep(0.02)
