@@ -1,7 +1,7 @@
 # Everything a new machine needs: Python 3.11 or 3.12, make, g++ and pip access.
 #   make demo       fetch packages, build data and backbone, train on 2 CPU processes, print one table
 #   make test       the tests, at most 8 minutes on 2 cores
-#   make test-all   the slow and browser tests too (multi-node ones will join them)
+#   make test-all   the slow, browser and multi-node tests too (an hour)
 #   make check      formatting, lint and types
 
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))

@@ -101,6 +101,7 @@ CHANGES = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_any_rank_at_any_moment_saves_everything_and_leaves_nothing(start, config, tmp_path, moment, rank):
@@ -194,6 +195,7 @@ def test_a_spoilt_image_costs_its_steps_and_nothing_else(train_many, config, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("ds_config", ["zero2_cpu", "zero3_cpu"])
 def test_a_run_that_diverges_goes_back_once_and_then_ends_with_66(start, config, tmp_path, ds_config):
     run = tmp_path / "run"
@@ -211,6 +213,7 @@ def test_a_run_that_diverges_goes_back_once_and_then_ends_with_66(start, config,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_asleep_is_noticed_by_all_and_started_again_until_it_is_clear_that_it_does_not_help(
     start, config, tmp_path
 ):
