@@ -39,7 +39,6 @@ from typing import Any
 
 from command import run
 from kernel_peers import DEFAULT_PEERS, PEERS, low_rank_systems, systems
-from live_bytes import LiveBytes
 from prefix_peers import systems as prefix_systems
 from turns import take_turns
 
@@ -201,6 +200,8 @@ def _ceilings(device: str, dtype: Any) -> tuple[float, float]:
 
 def _live(action: Callable[[], object]) -> int:
     """The most bytes of tensors that a pass makes and holds at a time."""
+    from live_bytes import LiveBytes
+
     with LiveBytes() as live:
         action()
     return live.peak

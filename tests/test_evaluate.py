@@ -26,10 +26,11 @@ from hyperpelt_ds.data.manifest import MANIFEST, Manifest
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.model import beside, description_sample, load
 from hyperpelt_ds.tasks import glue, metrics
-from hyperpelt_ds.train import checkpoint, evaluate, loop
+from hyperpelt_ds.train import checkpoint, evaluate, steps
 from hyperpelt_ds.train.answering import answers, asker, split_samples
+from hyperpelt_ds.train.control import Control
 from hyperpelt_ds.train.controls import CONTROLS, other_image, other_task
-from hyperpelt_ds.train.metrics import Writer
+from hyperpelt_ds.train.watchdog import Watchdog
 
 call = test_launch.call  # the fixture that runs an entry point in this process
 TASKS = ("movie_sentiment", "easy_vqa", "glue_rte", "vqa_v2", "coco_caption")
@@ -394,12 +395,14 @@ def test_a_validation_without_a_damaged_task_never_replaces_the_best(run_dir, co
     _hurt(copied, "vqa_v2", "validation")
     predictor = load(run_dir)
     # neither the engine nor the stream is used where no weights are saved
-    run = loop.Run(predictor.config, tmp_path, Manifest.load(copied), predictor.model, None, None, None)
+    config, model, watchdog = predictor.config, predictor.model, Watchdog(tmp_path, predictor.config.train)
+    run = steps.Run(config, tmp_path, Manifest.load(copied), model, None, None, None, watchdog)
     before = checkpoint.Progress(3, StreamState(0, {}, 1, 8, 24, {}), best_score=-1.0, stale=1)
-    writer = Writer(tmp_path, 0)
+    taken = steps._Steps(run, before, Control())
     with pytest.warns(UserWarning, match="can be used: vqa_v2"):
-        assert loop._validate(run, before, writer) == before
-    writer.close()
+        taken._validate()
+    assert taken.progress == before
+    taken.writer.close()
     assert not (tmp_path / "best").exists()
 
 
