@@ -27,6 +27,7 @@ from hyperpelt_ds.train import outcome
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}},
+    "float16": {"torch_autocast": {"enabled": True, "dtype": "float16", "lower_precision_safe_modules": []}},
     "bf16": {"bf16": {"enabled": True}},
 }
 

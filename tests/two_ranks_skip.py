@@ -34,7 +34,7 @@ def check(path: str) -> None:
     def step(fault: Callable[[Tensor], Tensor] | None = None) -> bool:
         for last in (False, True):
             dtype = torch.bfloat16 if wrapped.precision.get("bf16") else torch.float32
-            loss = wrapped.forward(torch.ones(1, 4, dtype=dtype) * (1 + dist.rank()), last).float().square().sum()
+            loss = wrapped.forward(torch.ones(1, 4, dtype=dtype) * (1 + dist.rank()), last).float().square().sum() * 100
             wrapped.backward(fault(loss) if fault and dist.rank() == 1 and not last else loss)
         return wrapped.step()
 
@@ -52,7 +52,12 @@ def check(path: str) -> None:
         after = state()
         return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
-    assert step() and step()
+    scaler = wrapped._autocast_scaler
+    skipped = 0
+    while not step():  # float16's scale comes down from 65536
+        skipped += 1
+        assert wrapped.searches_scale and scaler.get_scale() == 65536 / 2**skipped >= 1, f"{path}: the loss scale"
+    assert step(), path
     for name, fault in FAULTS.items():
         before = state()
         assert not step(fault), f"{path}: a step was applied after {name}"
@@ -66,7 +71,7 @@ def check(path: str) -> None:
     sums = dist.gather(wrapped.checksums())
     assert sums[0] == sums[1]
     if dist.rank() == 0:
-        print("held:", path, type(wrapped._engine.optimizer).__name__, flush=True)
+        print("held:", path, type(wrapped._engine.optimizer).__name__, f"after {skipped} to find a scale", flush=True)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,8 @@ class Engine:
         self._guarded = hasattr(engine.optimizer, "overflow")
         """Whether DeepSpeed itself leaves out an update that is not finite. Seen in 0.19.8: all of its own optimizers
         do, given the settings that `merge` insists on; at stage 0 in float32 or autocast there is only torch's."""
-        self.searches_scale = bool(engine.fp16_enabled() and engine.dynamic_loss_scale())
+        own, self._autocast_scaler = partitions.scalers(engine)
+        self.searches_scale = own is not None or self._autocast_scaler is not None
         """Whether updates are left out on purpose now and then, to find float16's loss scale."""
         self._gradient_norm = torch.zeros(())
 
@@ -213,13 +214,18 @@ class Engine:
 
         Then weights, moments and schedule are what they were. Waits for the device, as DeepSpeed's own norm does.
         """
+        scaler, applied = self._autocast_scaler, True
         if not self._guarded:  # then the engine also forgets the norm that it clips by
-            self._gradient_norm = _norm(self.model)
-            if not self._gradient_norm.isfinite():
-                self._engine.zero_grad()
-                return False
-        self._engine.step()
-        return bool(self._engine.was_step_applied())
+            self._gradient_norm = _norm(self.model) / (scaler.get_scale() if scaler else 1.0)
+            applied = bool(self._gradient_norm.isfinite())
+        if applied:
+            self._engine.step()
+            applied = bool(self._engine.was_step_applied())
+        else:
+            self._engine.zero_grad()
+        if scaler and not applied:  # seen in DeepSpeed 0.19.8: its stages 1 and 2 would keep the scale for ever
+            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+        return applied
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The gradient that `step` would apply, in full, before clipping; None if there is none."""

@@ -201,7 +201,7 @@ def _put(engine: Any, parameter: Any, value: Tensor, kind: str | None = None) ->
         engine.basic_optimizer.state[parameter][kind].copy_(value)
 
 
-def _scalers(engine: Any) -> tuple[Any, Any]:
+def scalers(engine: Any) -> tuple[Any, Any]:
     """What adapts float16's loss scale, DeepSpeed's and, under autocast, torch's; None where nothing does."""
     own = getattr(engine.optimizer, "loss_scaler", None)
     autocast = getattr(engine.optimizer, "torch_autocast_gradscaler", None) or engine.torch_autocast_z0_gradscaler
@@ -209,7 +209,7 @@ def _scalers(engine: Any) -> tuple[Any, Any]:
 
 
 def _loss_scale(engine: Any) -> dict[str, Any]:
-    own, autocast = _scalers(engine)
+    own, autocast = scalers(engine)
     numbers = vars(own) if own is not None else {}
     changing = {name: value for name, value in numbers.items() if name.startswith(("cur_", "last_"))}
     return {"deepspeed": changing, "autocast": autocast.state_dict() if autocast is not None else {}}
@@ -217,7 +217,7 @@ def _loss_scale(engine: Any) -> dict[str, Any]:
 
 def _put_loss_scale(engine: Any, saved: dict[str, Any]) -> None:
     """A scaler that the saved state did not have starts as it does in a new run."""
-    own, autocast = _scalers(engine)
+    own, autocast = scalers(engine)
     if own is not None:
         vars(own).update(saved["deepspeed"])
     if autocast is not None and saved["autocast"]:
