@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,14 +56,14 @@ def test_red_tests_of_the_ops_stop_it(monkeypatch, capsys):
 
 def test_low_rank_deltas_and_their_peers_give_the_same_outputs():
     for case in LOW_RANK_CASES:
-        small = case._replace(samples=min(case.samples, 16), tokens=3, size=24)
+        small = replace(case, samples=min(case.samples, 16), tokens=3, size=24)
         found = low_rank_systems(small, ("ours", "gather", "peft_mixed_batch"), "cpu", torch.float32)
         ours, *others = (action() for action in found.values())
         assert len(others) == 2 and all(torch.allclose(ours, other, atol=1e-5) for other in others)
 
 
 def test_cases_with_chunks_say_how_many_bytes_were_alive(monkeypatch, tmp_path):
-    small = cases.ADAPTER_CASES[-1]._replace(samples=16, tokens=2, size=64, bottleneck=16, hyper=4, sites=6)
+    small = replace(cases.ADAPTER_CASES[-1], samples=16, tokens=2, size=64, bottleneck=16, hyper=4, sites=6)
     monkeypatch.setattr(cases, "ADAPTER_CASES", (small,))
     out = tmp_path / "bench.jsonl"
     bench_kernels.bench_kernels(suite="chunks", out=str(out), rounds=1, peers="chunked", tests=False)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hyperpelt_ds.kernels import plan
 from hyperpelt_ds.kernels.cases import ADAPTER_CASES, PrefixCase
 
-ONE = ADAPTER_CASES[0]._replace(samples=2, tokens=3, size=8, bottleneck=2, hyper=5, sites=1, conditions=1)
-IMAGES = ADAPTER_CASES[0]._replace(samples=8, tokens=3, size=8, bottleneck=2, hyper=4, sites=6, conditions=0)
+ONE = replace(ADAPTER_CASES[0], samples=2, tokens=3, size=8, bottleneck=2, hyper=5, sites=1, conditions=1)
+IMAGES = replace(ADAPTER_CASES[0], samples=8, tokens=3, size=8, bottleneck=2, hyper=4, sites=6, conditions=0)
 PREFIXES = PrefixCase("base", 64, queries=20, keys=20, heads=12, size=64, rows=49, conditions=0, hyper=64, sites=36)
 
 
@@ -24,7 +26,7 @@ def test_adapters_made_at_once():
 
 def test_the_backend_is_the_one_that_would_run_and_says_why():
     assert plan(ONE, dtype=torch.bfloat16, device="cuda").costs[0].backend == "triton"
-    (odd,) = plan(ONE._replace(size=9), dtype=torch.bfloat16, device="cuda").costs
+    (odd,) = plan(replace(ONE, size=9), dtype=torch.bfloat16, device="cuda").costs
     assert odd.backend == "reference" and "multiple of 8" in str(odd)
 
 
@@ -44,7 +46,7 @@ def test_a_budget_decides_how_many_sites_are_made_at_a_time(budget, at_once):
 
 
 def test_several_kinds_share_a_budget():
-    other = IMAGES._replace(bottleneck=4)
+    other = replace(IMAGES, bottleneck=4)
     total = sum(cost.generated_bytes for cost in plan(IMAGES, other).costs)
     found = plan(IMAGES, other, budget=0.5 * total)
     assert [cost.variant for cost in found.costs] == ["2 chunks of 3 sites"] * 2

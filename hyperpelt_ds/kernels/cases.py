@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class AdapterCase(NamedTuple):
-    """A stack of adapter sites in a mixed batch. `conditions` 0 means one for every sample (images)."""
+class _MixedBatch:
+    """`samples` of so many `conditions` side by side; 0 means one for every sample (images)."""
+
+    samples: int
+    conditions: int
+
+    @property
+    def groups(self) -> int:
+        return self.conditions or self.samples
+
+    @property
+    def ids(self) -> list[int]:
+        """The condition of every sample, sorted, in groups as equal as they get."""
+        return [sample * self.groups // self.samples for sample in range(self.samples)]
+
+
+@dataclass(frozen=True)
+class AdapterCase(_MixedBatch):
+    """A stack of adapter sites."""
 
     name: str
     samples: int
@@ -18,22 +35,14 @@ class AdapterCase(NamedTuple):
     conditions: int
 
     @property
-    def groups(self) -> int:
-        return self.conditions or self.samples
-
-    @property
     def parameters(self) -> int:
         """Generated numbers of one site and condition (P)."""
         return 2 * self.size * self.bottleneck + self.size + self.bottleneck
 
-    @property
-    def ids(self) -> list[int]:
-        """The condition of every sample, sorted, in groups as equal as they get."""
-        return [sample * self.groups // self.samples for sample in range(self.samples)]
 
-
-class PrefixCase(NamedTuple):
-    """Attention with prefix rows of C conditions; `conditions` 0 means one for every sample (images)."""
+@dataclass(frozen=True)
+class PrefixCase(_MixedBatch):
+    """Attention with prefix rows."""
 
     name: str
     samples: int
@@ -46,18 +55,10 @@ class PrefixCase(NamedTuple):
     hyper: int
     sites: int = 1
 
-    @property
-    def groups(self) -> int:
-        return self.conditions or self.samples
 
-    @property
-    def ids(self) -> list[int]:
-        """The condition of each sample; samples of a condition side by side."""
-        return [sample * self.groups // self.samples for sample in range(self.samples)]
-
-
-class LowRankCase(NamedTuple):
-    """One linear map of a mixed batch with a low-rank delta for every condition; 0 means one for every sample."""
+@dataclass(frozen=True)
+class LowRankCase(_MixedBatch):
+    """One linear map with a low-rank delta for every condition."""
 
     name: str
     samples: int
@@ -65,15 +66,6 @@ class LowRankCase(NamedTuple):
     size: int
     rank: int
     conditions: int
-
-    @property
-    def groups(self) -> int:
-        return self.conditions or self.samples
-
-    @property
-    def ids(self) -> list[int]:
-        """The condition of every sample, sorted, in groups as equal as they get."""
-        return [sample * self.groups // self.samples for sample in range(self.samples)]
 
 
 ADAPTER_CASES = (
