@@ -202,7 +202,8 @@ def _systems(
     if name == STUDY:
         from hyperpelt_ds.study import plan
 
-        systems["hyperpelt/one_task"] = ours(list(plan.METHODS["hyperpelt"].settings), 1, None)
+        for key in ("hyperpelt", plan.OWN):
+            systems[f"{key}/one_task"] = ours(list(plan.METHODS[key].settings), 1, None)
         for key, method in plan.METHODS.items():
             blind = [setting for setting in method.settings if not setting.startswith("vision.")]
             systems[f"{key}/mixed"] = ours(blind, len(plan.TASKS), None)

@@ -33,13 +33,13 @@ def study(
         python launch/study.py --suite small --report_only
 
     Args:
-        suite: the plan, small
+        suite: the plan: small, or extended (on other data, which data_prep/extended.py builds)
         out: file of the records, docs/results/SUITE.jsonl unless given
         runs: folder for the runs; weights are deleted once a run is scored
         jobs: runs at a time, one thread each
         minutes: start nothing after so many; 0 for no limit
         only: groups of cells separated by commas, of grid, core, image, ablation, transfer and description
-        report: the page, docs/results.md unless given
+        report: the page; docs/results.md unless given, of another suite docs/results_SUITE.md
         report_only: write the page from the records as they are
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -60,8 +60,13 @@ def study(
     if not report_only:
         left = runner.run(plan.SUITES[suite], records, Path(runs), jobs, minutes, groups)
         print(f"{left} cells are still missing; give the command again" if left else "all cells are recorded")
-    target = Path(report or "docs/results.md")
     found = runner.read(records)
+    if suite == "extended":
+        target = Path(report or "docs/results_extended.md")
+        target.write_text(page.write_extended(found))
+        print(f"wrote {target}")
+        return
+    target = Path(report or "docs/results.md")
     files = [records.parent / name for name in ("cost.jsonl", "cost_adapters.jsonl")]
     lines = [json.loads(line) for file in files if file.is_file() for line in file.read_text().splitlines()]
     target.write_text(page.write(found, lines))

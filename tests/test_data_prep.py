@@ -31,7 +31,7 @@ from hyperpelt_ds.tasks.demo import DEMO
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "data_prep"))  # as when a script of that folder is run
 
-from parts import marian, packages, sources  # noqa: E402
+from parts import extended_sources, marian, packages, sources  # noqa: E402
 
 WIDTH, HIDDEN, VOCABULARY = 16, 24, 11
 
@@ -398,3 +398,57 @@ def test_the_whole_demo_from_the_real_packages(tmp_path):
     )
     assert differ <= 2  # ties between equally likely pieces
     assert words.decode(words("a red circle")["input_ids"], skip_special_tokens=True) == "a red circle"
+
+
+# ---- the extended suite's tables
+
+
+def _npm(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_emoji_become_rows_with_their_pictures_without_mere_parts(tmp_path):
+    entries = [
+        {"image": "1.png", "category": "Food & Drink", "name": "RED APPLE", "short_name": "apple"},
+        {"image": "2.png", "category": "Flags", "name": None, "short_name": "flag_eg"},
+        {"image": "3.png", "category": "Component", "name": "SKIN TONE", "short_name": "skin"},
+    ]
+    pictures = {f"img/google/64/{number}.png": bytes([number]) for number in (1, 2, 3)}
+    archive = _npm(tmp_path / "emoji.tgz", {"emoji.json": json.dumps(entries).encode(), **pictures})
+    assert extended_sources.emoji(archive, tmp_path / "out") == [
+        {"image": "1.png", "category": "food & drink", "name": "red apple"},
+        {"image": "2.png", "category": "flags", "name": "flag eg"},
+    ]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == {"1.png": b"\1", "2.png": b"\2"}
+
+
+def test_pairs_of_nouns_ask_for_what_is_above_or_for_its_neighbour_and_no_word_gives_them_away(tmp_path):
+    def noun(number: int, word: str, above: int | None, gloss: str) -> str:
+        pointers = f"001 @ {above:08d} n 0000" if above is not None else "000"
+        return f'{number:08d} 03 n 01 {word} 0 {pointers} | {gloss}; "an example"'
+
+    lines = ["  1 a licence", noun(0, "thing", None, "that is"), noun(1, "animal", 0, "that breathes")]
+    lines += [noun(2, "tool", 0, "for work"), noun(3, "file", 2, "to smooth with")]
+    lines += [noun(10 + i, f"beast{i}", 1, f"number {i} of many") for i in range(40)]
+    lines += [noun(60, "animal_cracker", 1, "a biscuit"), noun(61, "cur", 1, "a lowly animal")]
+    archive = _npm(tmp_path / "wordnet.tgz", {"dict/data.noun": "\n".join(lines).encode()})
+    rows = extended_sources.wordnet(archive, 100)
+    assert {row["noun"] for row in rows} == {f"{number:08d}" for number in [3, *range(10, 50)]}
+    for row in rows:
+        if row["noun"] != "00000003":
+            assert row["source"].endswith(f"kind of {'animal' if row['target'] == 'yes' else 'tool'}?")
+    assert 8 < sum(row["target"] == "yes" for row in rows) < 32
+    assert rows[0]["source"].split(": ")[1].startswith(("number", "to smooth with. Is it"))
+    assert len(extended_sources.wordnet(archive, 5)) == 5
+
+
+def test_a_package_of_npm_names_its_client(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    package = packages.Package("nothing-here", "1.0", "nothing-here-1.0.tgz", "0" * 64, "data")
+    with pytest.raises(ValueError, match=r"npm says: npm is not installed.* npm pack --silent nothing-here@1\.0"):
+        packages.fetch(tmp_path / "cache", [package])

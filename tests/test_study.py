@@ -306,3 +306,19 @@ def test_cost_stands_beside_score_and_the_figure_has_a_point_for_every_way_that_
     drawn = costs.image_figure(scores, lines)
     assert drawn.count("<circle") == 1 and f"weights {scores['weights']:.3f}" in drawn
     assert costs.image_figure({}, lines) == "" and "Not measured yet" in report.write(records)
+
+
+def test_the_extended_suite_has_its_own_page_of_methods_beside_what_the_data_gives_away():
+    random = np.random.default_rng(0)
+    known = plan.extended({})
+    assert len({cell.name for cell in known}) == len(known) == len(plan.EXTENDED_RATES) * plan.EXTENDED_SEEDS
+    assert all(set(plan.EXTENDED_DATA) < set(cell.settings) and cell.scored == plan.EXTENDED for cell in known)
+    items = {task: [50 * i + n for n in range(50)] for i, task in enumerate(plan.EXTENDED)}
+    records: dict[str, dict] = {"": {"items": items, "hardware": "h", "packages": {}}}
+    assert "**The study is not finished.**" in report.write_extended(records)
+    for cell in known:
+        mean = 0.8 if plan.OWN in cell.name else 0.3
+        scores = {task: cells.pack(random.random(50) < mean) for task in plan.EXTENDED}
+        records[cell.name] = {"cell": cell.name, "trainable": 10**6, "cpu_seconds": 36.0, "scores": scores}
+    page = report.write_extended(records)
+    assert "not finished" not in page and page.count("| better |") == len(plan.EXTENDED_RATES) - 1

