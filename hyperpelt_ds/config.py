@@ -30,6 +30,11 @@ class ModelConfig:
     """Dropout inside the backbone while training; None keeps the model's own rates."""
     train_backbone: bool = False
     """Full fine-tuning: the backbone itself is trained, inside the engine, and is in every checkpoint."""
+    shard_backbone: bool = False
+    """Split the frozen weights over the ranks: each has its share of all, and one block whole, gathered as it runs.
+    Same results; for models that do not fit one device. Alone, a process has all of it as ever."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8 keeps the linear maps of the frozen model's blocks as 8-bit integers, one scale a row (needs torchao)."""
     activation_checkpointing: bool = False
     """Recompute the backbone's layers in the backward pass (non-reentrant)."""
     prefix_form: Literal["auto", "materialised", "absorbed"] = "auto"
@@ -500,6 +505,10 @@ def _check_modules(config: Config) -> None:
             f"model.dtype: model.train_backbone needs float32 master weights, got {config.model.dtype}; "
             f"let the DeepSpeed JSON choose the precision of the step"
         )
+    for name, off in (("shard_backbone", False), ("quantize", "none")):
+        given = getattr(config.model, name)
+        if config.model.train_backbone and given != off:
+            raise ValueError(f"model.{name}: got {given!r}, but model.train_backbone trains the backbone, it must be whole")
     shared = "image" in conditions and hypernet.visual_embeddings == "shared" and hypernet.rows == "expanded"
     if shared and modules.prefix_length != vision.cells:
         raise ValueError(

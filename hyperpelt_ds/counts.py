@@ -20,6 +20,7 @@ from hyperpelt_ds.contracts import Batch, Weights
 from hyperpelt_ds.model import HyperPELT
 
 FP32_BYTES = 4
+RANKS = (1, 8, 64)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Estimate:
     """As tables of vision-and-language tasks count: trainable / total. Never to be put beside the one above."""
     trainable_bytes: int
     """In fp32, as checkpoints have them."""
+    backbone_bytes: dict[str, int]
+    """In its own type, what each of so many ranks holds of the frozen model if these split it (model.shard_backbone),
+    with the block that is whole; "1" is the whole model. Empty if it is trained."""
     weights_bytes: dict[str, int]
     """In fp32, what one condition of each branch (a task, an image, the one set there is) makes for all sites."""
 
@@ -62,8 +66,11 @@ def estimate(config: Config, tasks: int = 0) -> Estimate:
     with torch.device("meta"), torch.no_grad():
         shape = untrained(config.model.backbone)
         published = _size(shape)
+        shape.to(getattr(torch, config.model.dtype))
         model = _model(config, shape, tasks)
         weights = _one_of_each(config, model)
+        ranks = () if config.model.train_backbone else RANKS
+        resident = {str(count): model.backbone.resident_bytes(count) for count in ranks}
     counts, parts = model.parameter_counts(), _parts(model)
     trainable = counts["trainable"]
     assert sum(parts.values()) == trainable, "a part is counted twice, or not at all"
@@ -78,6 +85,7 @@ def estimate(config: Config, tasks: int = 0) -> Estimate:
         trainable_a_task=trainable / (tasks * published),
         trainable_of_total=trainable / counts["total"],
         trainable_bytes=FP32_BYTES * trainable,
+        backbone_bytes=resident,
         weights_bytes=weights,
     )
 
@@ -93,6 +101,7 @@ def table(estimate: Estimate) -> str:
         ("text tables: trainable a task", f"{100 * estimate.trainable_a_task:.3f} %", "of tasks x backbone"),
         ("V&L tables: trainable", f"{100 * estimate.trainable_of_total:.3f} %", "of total"),
         ("trainable, fp32", amount(estimate.trainable_bytes), ""),
+        *((f"frozen, on each of {count} ranks", amount(size), "") for count, size in estimate.backbone_bytes.items()),
         *((f"weights for one: {name}", amount(size), "fp32") for name, size in estimate.weights_bytes.items()),
     ]
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
@@ -102,6 +111,8 @@ def table(estimate: Estimate) -> str:
 def _model(config: Config, shape: Any, tasks: int) -> HyperPELT:
     """The model of a run as `model.build` makes it, around a backbone without weights."""
     backbone = Backbone(shape, None, config.modules, config.model.train_backbone)
+    if config.model.quantize == "int8":
+        backbone.quantize()
     descriptions = None
     if "description" in config.hypernet.conditions and config.hypernet.sentence_encoder is not None:
         descriptions = torch.empty(tasks, sentence_size(config.hypernet.sentence_encoder))

@@ -7,11 +7,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
+
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -49,6 +52,22 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(values, value)
     return values
+
+
+def one_after_another(make: Callable[[], T]) -> T:
+    """make() on every rank, those of a node one after the other; a ValueError of one is raised by all."""
+    made: list[T] = []
+    for turn in range(max(gather(local_rank())) + 1):
+        fault = None
+        if turn == local_rank():
+            try:
+                made.append(make())
+            except ValueError as error:
+                fault = str(error)
+        faults = [text for text in gather(fault) if text is not None]
+        if faults:
+            raise ValueError(faults[0])
+    return made[0]
 
 
 def host_sum(values: Sequence[int]) -> list[int]:

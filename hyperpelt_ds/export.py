@@ -154,6 +154,11 @@ def _check(run: Predictor, run_dir: Path, task: str, image: str | Path | None, f
             f"{run_dir} trained the backbone itself (model.train_backbone), so that there are no weights beside it to "
             f"export; save the model: hyperpelt_ds.load(run_dir).model.backbone.model.save_pretrained(folder)"
         )
+    if run.config.model.quantize != "none":
+        raise ValueError(
+            f"{run_dir} was trained beside {run.config.model.quantize} weights (model.quantize), and what is exported is "
+            f"for the model as it was published, which would not answer as the run does"
+        )
     if format == "peft" and kinds != ("lora",):
         raise ValueError(
             f"--format peft holds low-rank deltas alone (modules.kinds=['lora']), this run has {list(kinds)}: "

@@ -5,6 +5,7 @@ Not mBART, whose first decoder token is the last label (a language code), so tha
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ FAMILY = Family(
     model_types=("bart", "marian"),
     layout=seq2seq.LAYOUT,
     sublayers=_sublayers,
+    blocks=lambda model: chain(model.get_encoder().layers, model.get_decoder().layers),
     norms=_norms,
     prefix_size=lambda model: model.config.d_model,
     embed=_embed,

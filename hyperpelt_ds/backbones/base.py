@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -22,11 +23,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hyperpelt_ds import dist
 from hyperpelt_ds.backbones import attention, bart, hooks, llama, t5
 from hyperpelt_ds.backbones.family import Family
 from hyperpelt_ds.backbones.hub import cannot_load
+from hyperpelt_ds.backbones.int8 import parts_of, quantize
 from hyperpelt_ds.backbones.prefix_form import TOKEN_ALONE, Form
 from hyperpelt_ds.backbones.ragged import ends_of
+from hyperpelt_ds.backbones.sharded import Shards, resident_bytes
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import ModelConfig, ModulesConfig
 from hyperpelt_ds.contracts import Branch, Unmade, Weights
@@ -83,6 +87,7 @@ class Backbone:
             delattr(module, name)  # a Parameter cannot be replaced by the bank's tensor; a plain attribute can
         self._set_norms(None)
         self.geometry = dataclasses.replace(self.geometry, norms=len(self._norms))
+        self.shards: Shards | None = None
 
     @property
     def positions(self) -> int | None:
@@ -104,7 +109,31 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    def quantize(self) -> None:
+        """Makes the linear maps of the blocks int8; before `shard`. ValueError without the package for it."""
+        quantize(self._family.blocks(self.model))
+
+    def shard(self) -> None:
+        """Splits the frozen weights over the ranks of the process group: this rank keeps its share. All hold the same
+        model, and from now on run it together. Layer norms, which the bank replaces, and buffers stay whole."""
+        assert not self.trainable
+        self.shards = Shards(self.model, list(self._family.blocks(self.model)), self.initial_norms.device)
+
+    def own_pace(self) -> AbstractContextManager[None]:
+        """To be entered by all ranks where they run the model without gradients, but not equally often or long.
+
+        Within, they do nothing else together.
+        """
+        return nullcontext() if self.shards is None else self.shards.own_pace()
+
+    def resident_bytes(self, ranks: int) -> int:
+        """Bytes of the frozen weights that each of so many ranks holds while a block runs, if they are split."""
+        left_whole = sum(tensor.nbytes for tensor in (self.initial_norms, *self.model.buffers()))
+        return left_whole + resident_bytes(self.model, list(self._family.blocks(self.model)), ranks)
+
     def to(self, device: torch.device) -> Backbone:
+        if self.shards is not None:
+            self.shards.to(device)
         self.model.to(device)
         self.initial_norms = self.initial_norms.to(device)
         self._set_norms(None)
@@ -136,7 +165,8 @@ class Backbone:
             self.slot.ends = ends_of(inputs, labels, self.one_sequence)
         self._places = places
         try:
-            output = self.model(**inputs, use_cache=False)
+            with nullcontext() if self.shards is None else self.shards.saving():
+                output = self.model(**inputs, use_cache=False)
         finally:
             self._places = None
         return cast(Tensor, output.logits)
@@ -159,13 +189,14 @@ class Backbone:
         if num_beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {num_beams}")
         self._load(weights, input_ids.shape[1], TOKEN_ALONE * num_beams)
-        generated = self.model.generate(
-            **self._family.layout.prompt(*self._sources(input_ids, attention_mask)),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([_Without(self.forbidden)]),
-        )
+        with self.own_pace():
+            generated = self.model.generate(
+                **self._family.layout.prompt(*self._sources(input_ids, attention_mask)),
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([_Without(self.forbidden)]),
+            )
         self.slot.forget()
         return cast(Tensor, generated)
 
@@ -175,11 +206,23 @@ class Backbone:
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def fingerprint(self) -> str:
-        """sha256 over the names, types and bytes of the frozen weights, the initial norms included."""
+        """sha256 over the names, types and bytes of the frozen weights as they are held, the initial norms included.
+
+        The same whether they are split or not; where they are, every rank calls it.
+        """
         digest = hashlib.sha256()
-        for name, tensor in [*self.model.state_dict().items(), ("initial_norms", self.initial_norms)]:
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+        def add(name: str, weight: Tensor) -> None:
+            for part, tensor in parts_of(weight)[0].items():
+                digest.update(f"{name}{part}{tensor.dtype}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+        for name, weight in self.model.state_dict().items():
+            module, _, own = name.rpartition(".")
+            owner = self.model.get_submodule(module)
+            is_split = self.shards is not None and own in owner._parameters
+            add(name, self.shards.weight(owner, own) if is_split else weight)
+        add("initial_norms", self.initial_norms)
         return digest.hexdigest()
 
     def _load(self, weights: Weights | None, source: int, target: int) -> None:
@@ -201,6 +244,9 @@ class Backbone:
         """The sources' words (B, T) as vectors, their images' tokens after them (hidden from samples without an image),
         and the mask of both."""
         words = self._family.embed(self.model, input_ids)
+        if self.shards is not None and torch.is_grad_enabled():
+            # without it, which blocks a rank's backward pass runs through would hang on whether its batch has images
+            words.requires_grad_()
         tokens = self.slot.tokens
         if tokens is None:
             return words, attention_mask
@@ -270,11 +316,24 @@ def family_of(model_type: str, where: str) -> Family:
 
 def load_backbone(config: ModelConfig, modules: ModulesConfig | None = None) -> Backbone:
     """Loads a local folder or hub id, frozen unless it is to be trained, with dropout, type and checkpointing as
-    configured, and places for `modules`.
+    configured, and places for `modules`. Where it is to be split over several ranks, all of them call it, and those of
+    a node read it one after the other: then one of them has the whole model, for as long as it takes.
 
     Raises ValueError for an unsupported model type, a type of numbers that the model overflows in, and one that names
     the path where nothing can be loaded.
     """
+    if not config.shard_backbone or dist.world_size() == 1:
+        return _load(config, modules)
+
+    def load() -> Backbone:
+        backbone = _load(config, modules)
+        backbone.shard()
+        return backbone
+
+    return dist.one_after_another(load)
+
+
+def _load(config: ModelConfig, modules: ModulesConfig | None) -> Backbone:
     where = config.backbone
     if not where:
         raise ValueError("model.backbone: give a local folder or a hub id")
@@ -298,7 +357,10 @@ def load_backbone(config: ModelConfig, modules: ModulesConfig | None = None) -> 
         raise cannot_load("model.backbone", where, error) from error
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Backbone(model, tokenizer, modules, config.train_backbone, config.prefix_form)
+    backbone = Backbone(model, tokenizer, modules, config.train_backbone, config.prefix_form)
+    if config.quantize == "int8":
+        backbone.quantize()
+    return backbone
 
 
 def _tokenizer(where: str) -> PreTrainedTokenizerBase:

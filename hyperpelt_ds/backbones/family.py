@@ -59,6 +59,8 @@ class Family:
     """Whether it has an encoder, and what follows from that."""
     sublayers: Callable[[Any], Iterator[Sublayer]]
     """Every block, the encoder's before the decoder's."""
+    blocks: Callable[[Any], Iterator[nn.Module]]
+    """Every layer of both stacks: the modules that hold nearly all weights and run one after the other."""
     norms: Callable[[Any], Iterator[nn.Module]]
     """Every layer norm of the model's size; its `weight`, and `bias` if it has one, are trained."""
     prefix_size: Callable[[Any], int]

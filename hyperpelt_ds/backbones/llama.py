@@ -36,6 +36,7 @@ FAMILY = Family(
     model_types=("llama", "mistral", "qwen2"),
     layout=causal.LAYOUT,
     sublayers=_sublayers,
+    blocks=lambda model: iter(model.model.layers),
     norms=_norms,
     prefix_size=lambda model: model.config.num_key_value_heads * model.model.layers[0].self_attn.head_dim,
     embed=lambda model, ids: model.get_input_embeddings()(ids),

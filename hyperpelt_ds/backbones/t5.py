@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ FAMILY = Family(
     model_types=("t5", "mt5"),
     layout=seq2seq.LAYOUT,
     sublayers=_sublayers,
+    blocks=lambda model: chain(model.get_encoder().block, model.get_decoder().block),
     norms=_norms,
     prefix_size=lambda model: model.config.num_heads * model.config.d_kv,
     embed=_embed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,20 @@ Ask = Callable[[Sequence[Sample]], list[str | None]]
 log = logging.getLogger(__name__)
 
 
-def answers(samples: Sequence[Sample], ask: Ask, size: int) -> list[str | None]:
+def answers(
+    samples: Sequence[Sample], ask: Ask, size: int, pace: AbstractContextManager[None] | None = None
+) -> list[str | None]:
     """Every sample's answer, in order, on every rank; None where its image cannot be read.
 
-    At most `size` samples of like length are asked at once; which, does not depend on the number of ranks.
+    At most `size` samples of like length are asked at once; which, does not depend on the number of ranks. Ranks have
+    different numbers of samples: `pace` is the backbone's `own_pace()`.
     """
     order = sorted(range(len(samples)), key=lambda place: len(samples[place].source))
     found: list[tuple[int, str | None]] = []
-    for start in range(dist.rank() * size, len(order), dist.world_size() * size):
-        places = order[start : start + size]
-        found += zip(places, ask([samples[place] for place in places]), strict=True)
+    with pace or nullcontext():
+        for start in range(dist.rank() * size, len(order), dist.world_size() * size):
+            places = order[start : start + size]
+            found += zip(places, ask([samples[place] for place in places]), strict=True)
     gathered = dict(answer for part in dist.gather(found) for answer in part)
     return [gathered[place] for place in range(len(samples))]
 

@@ -52,6 +52,7 @@ _FREE_TO_CHANGE = [
     "recipe",
     "model.backbone",
     "model.activation_checkpointing",
+    "model.shard_backbone",
     "vision.weights",
     "data.manifest",
     "data.workers",

@@ -129,6 +129,13 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
             f"{path}: ZeRO stage 3 cannot train the backbone (model.train_backbone): it gathers weights when "
             f"a rank needs them, and ranks decode answers of different lengths in validation; use stage 0, 1 or 2"
         )
+    autocast = tree.get("torch_autocast", {})
+    cast_to = str(autocast.get("dtype", "")).removeprefix("torch.")
+    if config.model.shard_backbone and autocast.get("enabled") and cast_to != config.model.dtype:
+        raise ValueError(
+            f"{path}: torch_autocast to {cast_to!r} keeps a copy in that type of every frozen weight until the backward "
+            f"pass, so that nothing is gained by model.shard_backbone; set model.dtype to the same"
+        )
     for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if not tree.get(section, {}).get(key, True):
             raise ValueError(f"{path}: {section}.{key} must stay true: it keeps gradients that are not finite out")

@@ -128,17 +128,17 @@ def evaluate(
             f"{run_dir} was trained on other samples of {', '.join(changed)} than {config.data.manifest} now holds: "
             f"splits may differ. --manifest says which to score on all the same"
         )
-    ask, size = asker(run, Reader(manifest)), config.eval.batch_size
+    ask, size, pace = asker(run, Reader(manifest)), config.eval.batch_size, run.model.backbone.own_pace
     rows: dict[str, Any] = {}
     for name in names:
         samples, damaged = split_samples(manifest, name, split)
         before = run.collator.truncated
-        texts = answers(samples, ask, size)
+        texts = answers(samples, ask, size, pace())
         truncated = sum(dist.gather(run.collator.truncated - before))
         some, others = _some(samples, CONTROL_SAMPLES), {}
         for control in shuffle:
             with CONTROLS[control](run, some) as asked:
-                others[control] = [text or "" for text in answers(asked, ask, size)]
+                others[control] = [text or "" for text in answers(asked, ask, size, pace())]
         if dist.rank() == 0:
             train = read_texts(manifest, name, TRAIN, damaged={})
             rows[name] = _row(tasks.get(name), samples, [text or "" for text in texts], train)

@@ -56,7 +56,8 @@ def predict(
         ask = asker(run, Reader(manifest))
     FORMATS[form].check([*samples, *damaged])
     before = run.collator.truncated
-    found = [*answers(samples, ask, run.config.eval.batch_size), *[None] * len(damaged)]
+    answered = answers(samples, ask, run.config.eval.batch_size, run.model.backbone.own_pace())
+    found = [*answered, *[None] * len(damaged)]
     samples, texts = [*samples, *damaged], [text or "" for text in found]
     truncated = sum(dist.gather(run.collator.truncated - before))
     if dist.rank() == 0:

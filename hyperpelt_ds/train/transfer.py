@@ -133,7 +133,7 @@ def write_task_files(run_dir: Path, model: HyperPELT, config: Config) -> list[Pa
 
 
 def _check(folder: Path, base: Config, config: Config, model: HyperPELT) -> None:
-    for name in ("dtype", "train_backbone"):
+    for name in ("dtype", "quantize", "train_backbone"):
         was, is_now = getattr(base.model, name), getattr(config.model, name)
         if was != is_now:
             raise ValueError(f"transfer.init_from: {folder} has model.{name} {was!r}, this run has {is_now!r}")
@@ -214,10 +214,11 @@ def _losses(
 
     model.eval()
     means = {}
-    for candidate in candidates:
-        asked = [sample._replace(task=candidate) for sample in samples]
-        total = sum(loss(asked[i : i + size]) for i in range(0, len(asked), size))
-        means[candidate] = total / len(samples)
+    with model.backbone.own_pace():  # ranks may have different numbers of usable samples
+        for candidate in candidates:
+            asked = [sample._replace(task=candidate) for sample in samples]
+            total = sum(loss(asked[i : i + size]) for i in range(0, len(asked), size))
+            means[candidate] = total / len(samples)
     model.train(was_training)
     return means
 
