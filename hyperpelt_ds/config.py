@@ -508,7 +508,9 @@ def _check_modules(config: Config) -> None:
     for name, off in (("shard_backbone", False), ("quantize", "none")):
         given = getattr(config.model, name)
         if config.model.train_backbone and given != off:
-            raise ValueError(f"model.{name}: got {given!r}, but model.train_backbone trains the backbone, it must be whole")
+            raise ValueError(
+                f"model.{name}: got {given!r}, but model.train_backbone trains the backbone, it must be whole"
+            )
     shared = "image" in conditions and hypernet.visual_embeddings == "shared" and hypernet.rows == "expanded"
     if shared and modules.prefix_length != vision.cells:
         raise ValueError(

@@ -101,7 +101,7 @@ def table(estimate: Estimate) -> str:
         ("text tables: trainable a task", f"{100 * estimate.trainable_a_task:.3f} %", "of tasks x backbone"),
         ("V&L tables: trainable", f"{100 * estimate.trainable_of_total:.3f} %", "of total"),
         ("trainable, fp32", amount(estimate.trainable_bytes), ""),
-        *((f"frozen, on each of {count} ranks", amount(size), "") for count, size in estimate.backbone_bytes.items()),
+        *((f"frozen, split over {n}", amount(size), "on each rank") for n, size in estimate.backbone_bytes.items()),
         *((f"weights for one: {name}", amount(size), "fp32") for name, size in estimate.weights_bytes.items()),
     ]
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]

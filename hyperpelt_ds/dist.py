@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 
-
 T = TypeVar("T")
 
 

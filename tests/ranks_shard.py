@@ -6,6 +6,7 @@ Each check builds the same tiny model twice, whole and split, and does the same 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,23 +14,37 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
-from tiny import MODULES, tiny_batch, tiny_hypernet, tiny_model
+from tiny import MODULES, tiny_batch, tiny_hypernet, tiny_model, tiny_modules
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hyperpelt_ds import dist
 from hyperpelt_ds.backbones import Backbone
 from hyperpelt_ds.backbones.sharded import groups_of
+from hyperpelt_ds.config import ModulesConfig
 from hyperpelt_ds.contracts import Batch
 from hyperpelt_ds.hypernet import HyperNetwork
 
+IN_DECODER = tiny_modules(kinds=("prefix",), prefix_blocks=("decoder_cross",), train_norms=False)
 SETTINGS = [
-    ("t5", {}), ("t5v1.1", {"checkpointing": True}), ("marian", {}), ("bart", {"dtype": torch.bfloat16}), ("llama", {}),
-    ("t5v1.1", {"int8": True}), ("qwen2", {"int8": True, "checkpointing": True}),
-]  # fmt: skip
+    ("t5", {}),
+    ("t5", {"modules": IN_DECODER}),  # without image tokens, nothing before the decoder has a gradient
+    ("t5v1.1", {"checkpointing": True}),
+    ("marian", {}),
+    ("bart", {"dtype": torch.bfloat16}),
+    ("llama", {}),
+]
+INT8 = [("t5v1.1", {"int8": True}), ("qwen2", {"int8": True, "checkpointing": True})]
 
 
-def build(kind: str, split: bool, dtype: torch.dtype = torch.float32, int8: bool = False, checkpointing: bool = False):
-    backbone = Backbone(tiny_model(kind).to(dtype), None, MODULES)
+def build(
+    kind: str,
+    split: bool,
+    dtype: torch.dtype = torch.float32,
+    int8: bool = False,
+    checkpointing: bool = False,
+    modules: ModulesConfig = MODULES,
+) -> Backbone:
+    backbone = Backbone(tiny_model(kind).to(dtype), None, modules)
     if checkpointing:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     if int8:
@@ -161,7 +176,7 @@ def check_loading() -> None:
 if __name__ == "__main__":
     torch_dist.init_process_group("gloo")
     check_loading()
-    for kind, settings in SETTINGS:
+    for kind, settings in [*SETTINGS, *(INT8 if importlib.util.find_spec("torchao") else [])]:
         check_like_the_whole_one(kind, settings)
         check_answers_at_own_pace(kind, settings)
         check_fingerprint(kind, settings)

@@ -220,8 +220,9 @@ class Backbone:
         for name, weight in self.model.state_dict().items():
             module, _, own = name.rpartition(".")
             owner = self.model.get_submodule(module)
-            is_split = self.shards is not None and own in owner._parameters
-            add(name, self.shards.weight(owner, own) if is_split else weight)
+            if self.shards is not None and own in owner._parameters:
+                weight = self.shards.weight(owner, own)
+            add(name, weight)
         add("initial_norms", self.initial_norms)
         return digest.hexdigest()
 

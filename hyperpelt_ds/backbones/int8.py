@@ -17,8 +17,10 @@ Parts = dict[str, Tensor]
 
 
 def quantize(blocks: Iterable[nn.Module]) -> None:
-    """Turns the weight of every linear map in `blocks` into int8. Embeddings and what gives logits are in no block: they
-    are often one matrix. Raises ValueError where torchao is missing."""
+    """Turns the weight of every linear map in `blocks` into int8; ValueError where torchao is missing.
+
+    Embeddings and what gives logits, which are often one matrix, are in no block.
+    """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:

@@ -1,12 +1,13 @@
 """A frozen model whose weights are split over the ranks: a rank has its share of all, and the whole of one block.
 
-The weights of a block are one run of bytes, cut into as many equal shares as there are ranks. Who runs the block gathers
-it first; the backward pass gathers it again. Bytes are moved, so that results are those of the whole model to the last
-bit, whatever the type. Gathering takes all ranks together. This file must not know what the model is, nor training.
+The weights of a block are one run of bytes, cut into as many equal shares as there are ranks. Who runs the block
+gathers it first; the backward pass gathers it again. Bytes are moved, so that results are those of the whole model to
+the last bit, whatever the type. Gathering takes all ranks together. This file must not know what the model is, nor how
+it is trained.
 
-torch's `fully_shard` was tried (2.14, gloo): it trains, but it gathers the next block before the last is let go,
-embeddings that are used before the model itself runs must be gathered by hand for a whole step, gradients differ in
-their last bits, and ranks that decode different answers would wait for each other for ever.
+torch's `fully_shard` was tried (2.14, gloo): it trains. But embeddings, which are used before the model itself runs, had
+to be gathered by hand and for the whole step, gradients differed in their last bits, and ranks that decode answers of
+different lengths would wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Group:
         return sum(_room(part) for weight in self.weights for part in parts_of(weight)[0].values())
 
     def share(self, ranks: int) -> int:
-        """Bytes of a rank's share."""
+        """Bytes of the share of each of so many ranks."""
         return _up(math.ceil(self.bytes / ranks))
 
 

@@ -133,8 +133,8 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
     cast_to = str(autocast.get("dtype", "")).removeprefix("torch.")
     if config.model.shard_backbone and autocast.get("enabled") and cast_to != config.model.dtype:
         raise ValueError(
-            f"{path}: torch_autocast to {cast_to!r} keeps a copy in that type of every frozen weight until the backward "
-            f"pass, so that nothing is gained by model.shard_backbone; set model.dtype to the same"
+            f"{path}: torch_autocast to {cast_to!r} keeps a copy in that type of every frozen weight until the "
+            f"backward pass, so that nothing is gained by model.shard_backbone; set model.dtype to the same"
         )
     for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if not tree.get(section, {}).get(key, True):
