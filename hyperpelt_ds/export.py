@@ -156,8 +156,8 @@ def _check(run: Predictor, run_dir: Path, task: str, image: str | Path | None, f
         )
     if run.config.model.quantize != "none":
         raise ValueError(
-            f"{run_dir} was trained beside {run.config.model.quantize} weights (model.quantize); what is exported is for "
-            f"the model as it was published, which would not answer as the run does"
+            f"{run_dir} was trained beside {run.config.model.quantize} weights (model.quantize); what is exported is "
+            f"for the model as it was published, which would not answer as the run does"
         )
     if format == "peft" and kinds != ("lora",):
         raise ValueError(

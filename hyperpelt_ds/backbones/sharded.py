@@ -5,9 +5,9 @@ gathers it first; the backward pass gathers it again. Bytes are moved, so that r
 the last bit, whatever the type. Gathering takes all ranks together. This file must not know what the model is, nor how
 it is trained.
 
-torch's `fully_shard` was tried (2.14, gloo): it trains. But embeddings, which are used before the model itself runs, had
-to be gathered by hand and for the whole step, gradients differed in their last bits, and ranks that decode answers of
-different lengths would wait for each other for ever.
+torch's `fully_shard` was tried (2.14, gloo): it trains. But embeddings, which are used before the model itself runs,
+had to be gathered by hand and for the whole step, gradients differed in their last bits, and ranks that decode answers
+of different lengths would wait for each other for ever.
 """
 
 from __future__ import annotations
