@@ -18,13 +18,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from parts import building
 from parts.command_line import at_least, run
-from parts.encoding import Item, Result, begun, cut, encode, encoder_of
 from parts.image_lists import Files, wanted_images
 
 from hyperpelt_ds.config import VisionConfig
@@ -32,7 +30,9 @@ from hyperpelt_ds.data.index import index_path, replace
 from hyperpelt_ds.data.manifest import FEATURES, MANIFEST, FeatureSet, Manifest, Shard, write_manifest
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.data.shards import write_features
-from hyperpelt_ds.vision import UnreadableImage
+
+if TYPE_CHECKING:  # torch and torchvision, which they need, take seconds to import, and --help should not
+    from parts.encoding import Result
 
 WORK, STAMP, FAILED = f"{FEATURES}.partial", "stamp.json", f"{FEATURES}/failed.jsonl"
 FIRST = 100  # files that are looked for before an encoder runs for hours
@@ -170,6 +170,8 @@ class State:
 
 
 def _device(name: str) -> str:
+    import torch
+
     if name not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
@@ -179,6 +181,8 @@ def _device(name: str) -> str:
 
 def _begin(folder: Path, config: VisionConfig, device: str, pictures: int, fresh: bool) -> State:
     """What is there already; ValueError if it was made by another encoder."""
+    from parts.encoding import encoder_of
+
     encoder = encoder_of(config, device)
     made = {"cells": pictures * encoder.cells, "channels": encoder.channels, "encoder": encoder.describe()}
     manifest, work = Manifest.load(folder / MANIFEST), folder / WORK
@@ -232,6 +236,8 @@ def _encode(
 ) -> list[Part]:
     """Encodes images and finishes a shard after the other. Batches end with their shard, so that an image has the same
     neighbours in its batch, and the same last bit, when a killed build goes on."""
+    from parts.encoding import Item, begun, cut, encode
+
     lists = list(cut(todo, shard_size))
     items = ([Item(image, tuple(_find(file, folders) for file in todo[image])) for image in part] for part in lists)
     batches = itertools.chain.from_iterable(cut(part, batch_size) for part in items)
@@ -247,6 +253,8 @@ def _encode(
 
 def _write(folder: Path, number: int, results: Iterator[Result]) -> Part:
     """One shard of the results that are features; it has its place and its index before anything speaks of it."""
+    from hyperpelt_ds.vision import UnreadableImage
+
     images, failed = [], []
 
     def good() -> Iterator[tuple[str, np.ndarray]]:

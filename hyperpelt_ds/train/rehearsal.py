@@ -157,11 +157,8 @@ def _next(config: Config, fit: Fit) -> str:
     elif fit.largest != train.micro_batch:
         change = [f"train.micro_batch={fit.largest}"]
     command = f"next: {shlex.join([*_launcher(), *own, *change])}"
-    return (
-        f"{command}\n      (micro-batches are parts of a step: its gradient stays the same but for rounding and dropout)"
-        if change
-        else command
-    )
+    note = "\n      (micro-batches are parts of a step: its gradient stays the same but for rounding and dropout)"
+    return command + (note if change else "")
 
 
 def _launcher() -> list[str]:
