@@ -30,6 +30,7 @@ from hyperpelt_ds.data.index import index_path, replace
 from hyperpelt_ds.data.manifest import FEATURES, MANIFEST, FeatureSet, Manifest, Shard, write_manifest
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.data.shards import write_features
+from hyperpelt_ds.terminal import progress
 
 if TYPE_CHECKING:  # torch and torchvision, which they need, take seconds to import, and --help should not
     from parts.encoding import Result
@@ -242,7 +243,7 @@ def _encode(
     items = ([Item(image, tuple(_find(file, folders) for file in todo[image])) for image in part] for part in lists)
     batches = itertools.chain.from_iterable(cut(part, batch_size) for part in items)
     encoded = itertools.chain.from_iterable(encode(batches, state.config, workers, state.device))
-    results = building.progress(begun(encoded), "images", len(todo))
+    results = progress(begun(encoded), "images", len(todo))
     parts = []
     for number, part in enumerate(lists, state.next_number):
         parts.append(_write(state.folder, number, itertools.islice(results, len(part))))

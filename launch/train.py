@@ -49,7 +49,7 @@ def train(
             command to run next; writes nothing
         local_rank: set by the DeepSpeed launcher
     """
-    from hyperpelt_ds import recipes
+    from hyperpelt_ds import dist, recipes
     from hyperpelt_ds.train import loop, rehearsal, transfer
 
     if (recipe is None) == (init_from is None):
@@ -69,6 +69,8 @@ def train(
         print(rehearsal.rehearse(config, ds_config, run_dir, resume), end="", flush=True)
         return
     loop.train(config, ds_config, run_dir, resume)
+    if dist.rank() == 0:
+        print(f"next: python launch/evaluate.py --run_dir {run_dir}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from hyperpelt_ds.data.evaluation import read_texts
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import DamagedSample, Reader
 from hyperpelt_ds.model import HyperPELT, Predictor, identity_of
+from hyperpelt_ds.terminal import progress
 
 Ask = Callable[[Sequence[Sample]], list[str | None]]
 """Samples to what the model generates for each, in their order; None for one whose image cannot be read."""
@@ -33,7 +34,8 @@ def answers(samples: Sequence[Sample], ask: Ask, size: int) -> list[str | None]:
     """
     order = sorted(range(len(samples)), key=lambda place: len(samples[place].source))
     found: list[tuple[int, str | None]] = []
-    for start in range(dist.rank() * size, len(order), dist.world_size() * size):
+    own = range(dist.rank() * size, len(order), dist.world_size() * size)
+    for start in progress(own, "batches answered", len(own)):
         places = order[start : start + size]
         found += zip(places, ask([samples[place] for place in places]), strict=True)
     gathered = dict(answer for part in dist.gather(found) for answer in part)

@@ -47,8 +47,15 @@ def largest_micro_batch(attempt: Callable[[int], None], share: int, first: int) 
         _start()
         attempt(size)
         peaks[size] = max(dist.gather(_peak()))
-    fitting = [n for n in range(1, share + 1) if share % n == 0 and _line(peaks, base, n) <= budget]
-    return Fit(max(fitting, default=0), peaks, budget)
+    return Fit(largest(peaks, base, budget, share), peaks, budget)
+
+
+def largest(peaks: dict[int, int], base: int, budget: int, share: int) -> int:
+    """The largest divisor of `share` that fits the budget on the line through the trials; 0 for none.
+
+    `base` is what was held before the first of them.
+    """
+    return max((n for n in range(1, share + 1) if share % n == 0 and _line(peaks, base, n) <= budget), default=0)
 
 
 def _doubling(share: int) -> list[int]:

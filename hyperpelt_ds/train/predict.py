@@ -69,6 +69,8 @@ def predict(
             print(f"{len(blind)} of {len(samples)} samples cannot be read, their predictions are empty", flush=True)
             log.warning("%d samples cannot be read, their predictions are empty: %s", len(blind), ", ".join(blind))
         log.info("%d answers; sources cut at %d tokens: %d", len(texts), run.config.data.max_source_length, truncated)
+        if form != "jsonl":
+            log.info("next: hand in the files in %s", out)
 
 
 def read_lines(path: Path, run: Predictor, task: str | None) -> list[Sample]:
