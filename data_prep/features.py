@@ -87,11 +87,14 @@ def features(
     if isinstance(max_failed, bool) or not isinstance(max_failed, int | float) or not 0 <= max_failed <= 1:
         raise ValueError(f"--max_failed must be a share, from 0 to 1, got {max_failed!r}")
     if Path(manifest).name != MANIFEST or not Path(manifest).is_file():
-        raise ValueError(f"--manifest {manifest}: is not the {MANIFEST} of a data set on this machine")
+        raise ValueError(
+            f"--manifest {manifest}: is not the {MANIFEST} of a data set on this machine; a builder of "
+            f"data_prep/ makes one"
+        )
     folders = [Path(name.strip()).expanduser() for name in images.split(",") if name.strip()]
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"--images: {folder} is not a folder")
+            raise ValueError(f"--images: {folder} is not a folder; give those that the pictures were unpacked into")
     config = VisionConfig(encoder, weights or None, image_size, stage or None)
     folder, start = Path(manifest).parent, time.monotonic()
     with building.locked(folder):
@@ -176,7 +179,7 @@ def _device(name: str) -> str:
     if name not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here")
+        raise ValueError("--device cuda: torch finds no GPU here; take auto or cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 

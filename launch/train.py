@@ -53,7 +53,9 @@ def train(
     from hyperpelt_ds.train import loop, rehearsal, transfer
 
     if (recipe is None) == (init_from is None):
-        raise ValueError("give either --recipe or --init_from")
+        raise ValueError(
+            "give either --recipe NAME, to start anew, or --init_from RUN_DIR, to start from a run's weights"
+        )
     if train not in ("all", "embeddings"):
         raise ValueError(f"--train {train}: allowed are all and embeddings")
     if init_from is not None:

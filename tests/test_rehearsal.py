@@ -26,11 +26,11 @@ def test_trials_see_the_memory_that_they_take():
 
     def attempt(samples: int) -> None:
         sizes.append(samples)
-        assert bytearray(samples * 2**26)[-1] == 0 and b"x" * (samples * 2**26)
+        assert len(b"x" * (samples * 2**26))
 
     fit = fitting.largest_micro_batch(attempt, 16, 2)
     assert sizes == [2, 4] == list(fit.peaks)
-    assert fit.peaks[4] - fit.peaks[2] == pytest.approx(2 * 2**27, rel=0.2)
+    assert fit.peaks[4] - fit.peaks[2] == pytest.approx(2 * 2**26, rel=0.2)
     assert fit.largest in (1, 2, 4, 8, 16) and fit.peaks[4] < fit.budget
 
 

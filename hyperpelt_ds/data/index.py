@@ -189,7 +189,7 @@ def find_shards(patterns: str) -> list[Path]:
             raise ValueError(f"{name!r}: only files of this machine can be indexed, beside which the index is written")
         names = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not names:
-            raise ValueError(f"{name!r}: no file fits")
+            raise ValueError(f"{name!r}: no file fits; a pattern in quotes starts at the folder that you are in")
         found |= dict.fromkeys(map(Path, names))
     return list(found)
 

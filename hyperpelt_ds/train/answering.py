@@ -120,5 +120,6 @@ def check_features(manifest: Manifest, config: Config, run_dir: str | Path) -> N
     made_with = identity_of(Path(run_dir))["encoder"]
     if config.vision.encoder and manifest.features and made_with not in (None, manifest.features.encoder):
         raise ValueError(
-            f"{manifest.path} holds features of {manifest.features.encoder}, {run_dir} was trained on {made_with}"
+            f"{manifest.path} holds features of {manifest.features.encoder}, {run_dir} was trained on "
+            f"{made_with}; make them with the run's encoder (data_prep/features.py)"
         )

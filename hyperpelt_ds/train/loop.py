@@ -137,14 +137,23 @@ def resolve(config: Config, manifest: Manifest) -> Config:
         raise ValueError(f"data.plain names {', '.join(plain)}, but the tasks to be trained are {', '.join(trained)}")
     for name in trained:
         if not manifest.count(name, "train") and not plain:
-            raise ValueError(f"task {name!r} has no samples in the train split of {config.data.manifest}")
+            raise ValueError(
+                f"task {name!r} has no samples in the train split of {config.data.manifest}; leave it out of "
+                f"data.tasks (or of data.train_tasks), or build them"
+            )
         if tasks.needs_image(name) and config.vision.encoder is None:
-            raise ValueError(f"task {name!r} needs images, but vision.encoder is not set")
+            raise ValueError(
+                f"task {name!r} needs images, but vision.encoder is not set; set it, as data_prep/features.py "
+                f"says at its end, or leave the task out of data.tasks"
+            )
     for name in config.data.loss_weights:
         if name not in names:
             raise ValueError(f"data.loss_weights: {name!r} is not one of the run's tasks, {', '.join(names)}")
     if not any(manifest.count(name, VALIDATION) for name in trained):
-        raise ValueError(f"no task of the run has samples in the {VALIDATION} split of {config.data.manifest}")
+        raise ValueError(
+            f"no task of the run has samples in the {VALIDATION} split of {config.data.manifest}, by which the best "
+            f"weights are chosen; build some"
+        )
     data, model, vision, hypernet = config.data, config.model, config.vision, config.hypernet
     return dataclasses.replace(  # local paths in full, so that the run can be loaded from anywhere
         config,
