@@ -52,7 +52,7 @@ def train(call, config, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--recipe", "demo", "--ds_confg", "x"], "unknown flag --ds_confg; did you mean --ds_config?"),
+    (["--recipe", "demo", "--ds_confg", "x"], "unknown flag --ds_confg; did you mean --ds_config"),
     (["--recipe", "demo"], "missing --ds_config, --run_dir; --help shows an example"),
     (["--recipe=demo", "--ds_config=x", "--run_dir=y", "--resume=maybe"], "--resume is a switch"),
     (["--recipe=demo", "--ds_config=x", "--run_dir", "--resume"], "--run_dir needs a value"),
