@@ -22,6 +22,7 @@ from hyperpelt_ds.config import VisionConfig
 from hyperpelt_ds.data.manifest import FeatureSet, Shard, write_manifest
 from hyperpelt_ds.data.shards import write_features, write_task
 from hyperpelt_ds.tasks import TASKS
+from hyperpelt_ds.terminal import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 STAMP = "stamp.json"
@@ -110,7 +111,6 @@ def _build(files: dict[str, Path], folder: Path, workers: int, test_images: int)
 
 def _features(wheel: Path, images: list[str], folder: Path, weights: Path, workers: int) -> FeatureSet:
     """Encodes every image once and writes the feature shards."""
-    from parts.building import progress
     from parts.encoding import Item, begun, encode_readable, encoder_of  # torch and torchvision take seconds to import
 
     config = VisionConfig(encoder=ENCODER, weights=str(weights), image_size=IMAGE_SIZE, stage=STAGE)

@@ -18,7 +18,7 @@ def extended(
     """Fetch emoji and WordNet (85 MB, by npm) and build three tasks of them: emoji_category and emoji_name on the same
     pictures, wordnet_kind on pairs of nouns.
 
-    Example:
+    Examples:
         python data_prep/extended.py --out data/extended --demo data/demo
 
     Args:
@@ -63,6 +63,7 @@ def extended(
         manifest=str(folder / "manifest.json"), encoder="efficientnet_lite0", weights=str(weights),
         images=str(images), image_size=128, stage="head", workers=workers,
     )  # fmt: skip
+    print(f"then: python launch/study.py --help, for the suite that is trained on {folder}")
 
 
 if __name__ == "__main__":

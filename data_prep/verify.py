@@ -6,12 +6,12 @@ import sys
 import time
 from collections import Counter
 
-from parts.building import progress
 from parts.command_line import run
 
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.verify import faults_by_shard
 from hyperpelt_ds.tasks import adopt_all
+from hyperpelt_ds.terminal import progress
 
 SHOWN, SHARDS_SHOWN = 50, 30
 

@@ -1,6 +1,7 @@
 """The records that cross between the parts of the system, and nothing else.
 
-This file knows no part: every other module may import it, it imports only torch and the standard library.
+This file knows no part: every other module may import it, it imports only the standard library (torch
+only where it computes: who reads shards or asks a command for help should not wait for it).
 Records that carry tensors out of a module are NamedTuples, because ZeRO-3 hooks tuples but not dataclasses.
 
 Shape letters, used in every docstring:
@@ -16,11 +17,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TRAIN, VALIDATION = "train", "validation"
 """Names of the splits that training reads."""
@@ -132,8 +133,10 @@ class PrefixRows(NamedTuple):
 
     def materialised(self) -> Prefix:
         """Keys and values, each (S, C, P, K), of all sites in one product."""
+        import torch
+
         if len(self.weight) == 1:
-            made = F.linear(self.rows, self.weight[0], self.bias[0])
+            made = torch.nn.functional.linear(self.rows, self.weight[0], self.bias[0])
         else:
             flat = torch.baddbmm(self.bias.unsqueeze(1), self.rows.flatten(1, 2), self.weight.mT)
             made = flat.unflatten(1, self.rows.shape[1:3])
@@ -250,6 +253,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
+        from torch import Tensor
+
         return Batch._make(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self)
 
 

@@ -94,7 +94,11 @@ def agree(name: str, value: Any) -> None:
     digests = gather(digest)
     if len(set(digests)) > 1:
         different = [r for r, other in enumerate(digests) if other != digests[0]]
-        raise RuntimeError(f"ranks {different} disagree with rank 0 about {name}; rank {rank()} has {value!r:.500}")
+        texts = gather(f"{value!r:.500}")
+        raise RuntimeError(
+            f"ranks {different} disagree with rank 0 about {name}: rank 0 has {texts[0]}, rank {different[0]} has "
+            f"{texts[different[0]]}; all must be started with the same"
+        )
 
 
 def logger(name: str) -> logging.Logger:

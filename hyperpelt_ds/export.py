@@ -78,7 +78,7 @@ def export(
     if format not in FORMATS:
         raise ValueError(f"--format {format!r}: allowed are {', '.join(FORMATS)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--out {out}: is there already and not empty")
+        raise ValueError(f"--out {out}: is there already and not empty; name a new folder")
     live = _live(Path(run_dir), task, image, format, [task_file] if task_file else [])
     gc.collect()  # the live model hangs in cycles with its own hooks, and a second one is about to be loaded
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -172,7 +172,10 @@ def _check_lengths(config: Config, backbone: Backbone) -> None:
     for part in [source | target] if backbone.one_sequence else [source, target]:
         if backbone.positions is not None and sum(part.values()) > backbone.positions:
             given = " + ".join(f"{name} {length}" for name, length in part.items())
-            raise ValueError(f"{given} are more than the {backbone.positions} positions of {config.model.backbone}")
+            raise ValueError(
+                f"{given} are more than the {backbone.positions} positions of {config.model.backbone}; lower "
+                f"one of them"
+            )
 
 
 def describe(config: Config, sentences: Sequence[str]) -> Tensor:
@@ -203,7 +206,8 @@ class Predictor:
         now = task_file.base_fingerprint(weights, self.model.per_task, beside(self.config, self.backbone))
         if base != now:
             raise ValueError(
-                f"task file {file} was trained beside weights with fingerprint {base[:12]}, this run has {now[:12]}"
+                f"task file {file} was trained beside weights with fingerprint {base[:12]}, this run has "
+                f"{now[:12]}: take the run that it was trained from (--init_from)"
             )
         if "description" in self.model.hypernet.conditions:
             source: Any = self.model.hypernet.conditions["description"]
@@ -345,7 +349,10 @@ def load(run_dir: str | Path, device: str | torch.device = "cpu", tasks: Sequenc
     adopt(identity.get("records", {}))
     model = build(config, config.data.tasks)
     if model.backbone.fingerprint() != identity["backbone"]:
-        raise ValueError(f"{folder} was trained on another backbone than {config.model.backbone} now holds")
+        raise ValueError(
+            f"{folder} was trained on another backbone than {config.model.backbone} now holds; put back the "
+            f"one it had, or name it in model.backbone of {folder / 'config.json'}"
+        )
     state = load_file(weights)
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -383,7 +390,7 @@ def _check_descriptions(folder: Path, model: HyperPELT, expected: list[float] | 
     if expected is not None and now is not None and not np.allclose(expected, now, atol=0.01):  # machines round apart
         raise ValueError(
             f"{folder} was trained with other vectors of its tasks' descriptions: the sentence encoder "
-            f"({encoder}) or the descriptions have changed"
+            f"({encoder}) or the descriptions have changed; put back what there was, or train anew"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import fire
 
+from hyperpelt_ds.train import crash
 from hyperpelt_ds.train.outcome import Stopped
 
 _OWN = tuple(str(Path(__file__).resolve().parents[1] / folder) for folder in ("hyperpelt_ds", "launch"))
@@ -22,12 +24,19 @@ _OWN = tuple(str(Path(__file__).resolve().parents[1] / folder) for folder in ("h
 def run(function: Callable[..., None]) -> None:
     """Calls `function` with the command line's flags; exits with 2 after one line `error: ...` for a bad request.
 
-    A ValueError raised by this project is the user's to mend; one raised by a library is a bug and keeps its traceback.
-    A training that its ranks left together exits with the code that says why.
+    A ValueError raised by this project is the user's to mend; one raised by a library is a bug and keeps its traceback,
+    which of several ranks is shown once (train/crash.py). A training that its ranks left together exits with the code
+    that says why.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    if int(os.environ.get("RANK", 0)) or not sys.stderr.isatty():  # else the bars of W ranks, in a file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        fire.Fire(function, command=_checked(function, sys.argv[1:]))
+        arguments = _checked(function, sys.argv[1:])
+        folder = next((text.partition("=")[2] for text in arguments if text.startswith("--run_dir=")), None)
+        if folder is not None:
+            crash.speak_once(Path(ast.literal_eval(folder)))
+        fire.Fire(function, command=arguments)
         _leave_group()
     except Stopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:

@@ -38,11 +38,14 @@ def evaluate(
         task_files: files of tasks that were trained on top of the run, separated by commas
         local_rank: set by the DeepSpeed launcher
     """
+    from hyperpelt_ds import dist
     from hyperpelt_ds.train import evaluate
 
     controls = [] if shuffle == "none" else shuffle.split(",")
     files = task_files.split(",") if task_files else []
     evaluate.evaluate(run_dir, tasks.split(",") if tasks else None, split, out, controls, manifest, files)
+    if dist.rank() == 0:
+        print(f"next: python launch/predict.py --run_dir {run_dir} --input questions.jsonl --out answers, or export.py")
 
 
 if __name__ == "__main__":

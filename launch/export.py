@@ -32,6 +32,7 @@ def export(
     from hyperpelt_ds.export import export as write
 
     write(run_dir, task, image, out=out, format=format, task_file=task_file)
+    print(f"next: {out}/README.md shows how they are loaded")
 
 
 if __name__ == "__main__":

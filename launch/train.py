@@ -15,11 +15,16 @@ def train(
     like: str | None = None,
     train: str = "all",
     resume: bool = False,
+    dry_run: bool = False,
     local_rank: int = 0,
 ) -> None:
     """Train a recipe with DeepSpeed; watch it with `tensorboard --logdir RUN_DIR`.
 
+    `deepspeed --quiet` leaves out the launcher's own lines.
+
     Examples:
+        deepspeed --num_accelerators 2 launch/train.py --recipe demo --ds_config ds_configs/zero2_cpu.json
+            --run_dir runs/demo --dry_run
         deepspeed --num_accelerators 2 launch/train.py --recipe demo --ds_config ds_configs/zero2_cpu.json
             --run_dir runs/demo
         torchrun --nproc_per_node 2 launch/train.py --recipe demo --ds_config ds_configs/zero2_cpu.json
@@ -40,13 +45,17 @@ def train(
         train: with --new_task, "all" trainables, or only the "embeddings" of the new tasks, which leaves all others as
             they are and writes RUN_DIR/tasks/NAME.safetensors, to be added to the other run
         resume: continue from the newest valid checkpoint in run_dir, or start if there is none
+        dry_run: only load, compare and take two steps; says what they cost, the largest micro-batch that fits, and the
+            command to run next; writes nothing
         local_rank: set by the DeepSpeed launcher
     """
-    from hyperpelt_ds import recipes
-    from hyperpelt_ds.train import loop, transfer
+    from hyperpelt_ds import dist, recipes
+    from hyperpelt_ds.train import loop, rehearsal, transfer
 
     if (recipe is None) == (init_from is None):
-        raise ValueError("give either --recipe or --init_from")
+        raise ValueError(
+            "give either --recipe NAME, to start anew, or --init_from RUN_DIR, to start from a run's weights"
+        )
     if train not in ("all", "embeddings"):
         raise ValueError(f"--train {train}: allowed are all and embeddings")
     if init_from is not None:
@@ -57,7 +66,13 @@ def train(
         if new_task or like or train != "all":
             raise ValueError("--new_task, --like and --train need --init_from")
         config = recipes.get(recipe)
-    loop.train(config.override(overrides), ds_config, run_dir, resume)
+    config = config.override(overrides)
+    if dry_run:
+        print(rehearsal.rehearse(config, ds_config, run_dir, resume), end="", flush=True)
+        return
+    loop.train(config, ds_config, run_dir, resume)
+    if dist.rank() == 0:
+        print(f"next: python launch/evaluate.py --run_dir {run_dir}", flush=True)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ def transfer(
     print(f"{new_task}, {train} trained, {seeds} seeds, {split} split")
     for row in rows:
         print(f"{row['shots']:6} shots  {row['mean']:.3f} +- {row['standard_error']:.3f} (standard error)")
+    print(f"wrote {Path(out, 'transfer.json')}")
+    print(f"next: python launch/evaluate.py --run_dir {Path(out, f'{count}_shots_seed_0')}")
 
 
 def _call(launcher: str, script: Path, *arguments: str) -> None:

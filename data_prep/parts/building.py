@@ -12,18 +12,18 @@ import hashlib
 import itertools
 import json
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 from hyperpelt_ds import tasks as records
 from hyperpelt_ds.tasks import Task
 from hyperpelt_ds.tasks.task import Example, check_target, normalise
+from hyperpelt_ds.terminal import progress
 from parts.places import IMAGES, SHOTS, check_place
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: it takes seconds, and --help should not
@@ -166,30 +166,6 @@ def item_of(prefix: str, *texts: str) -> str:
 def share(item: str) -> float:
     """A number in 0..1 that the item alone decides, spread evenly."""
     return int(hashlib.sha256(item.encode()).hexdigest()[:12], 16) / 16**12
-
-
-T = TypeVar("T")
-
-
-def progress(items: Iterable[T], what: str, total: int = 0) -> Iterator[T]:
-    """The items as they are, and after 2 s a line on how far they are: one that is rewritten on a terminal, otherwise
-    one now and then. `total` is their number, if known."""
-    terminal, start, count = sys.stdout.isatty(), time.monotonic(), 0
-    due = start + 2.0
-
-    def say(text: str) -> None:
-        print(f"\r{text:<100}" if terminal else text, end="" if terminal else "\n", flush=True)
-
-    for count, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now > due:
-            due, rate = now + (0.5 if terminal else 10.0), count / (now - start)
-            left = f" of {total:,}, {max(total - count, 0) / rate:,.0f} s left" if total else ""
-            say(f"{what}: {count:,}{left}, {rate:,.0f} a second")
-    if time.monotonic() > start + 2.0:
-        say(f"{what}: {count:,} in {time.monotonic() - start:.0f} s")
-        print(end="\n" if terminal else "", flush=True)
 
 
 class _ImageList:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ def run(function: Callable[..., None]) -> None:
 
     A ValueError raised by this project is the user's to mend; one raised by a library is a bug and keeps its traceback.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         fire.Fire(function, command=_checked(function, sys.argv[1:]))
     except ValueError as error:

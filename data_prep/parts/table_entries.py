@@ -16,7 +16,8 @@ from pathlib import Path
 from hyperpelt_ds.contracts import TRAIN, VALIDATION
 from hyperpelt_ds.tasks import Task
 from hyperpelt_ds.tasks.task import check_target
-from parts.building import Entry, item_of, progress, share
+from hyperpelt_ds.terminal import progress
+from parts.building import Entry, item_of, share
 from parts.table_files import Row, check, rows
 
 TEST = "test"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hyperpelt_ds.tasks.glue import halves
-from parts.building import Entry, item_of, progress, share
+from hyperpelt_ds.terminal import progress
+from parts.building import Entry, item_of, share
 from parts.hub import Repository, Rows
 
 

@@ -47,12 +47,18 @@ def attach(model: Any, family: Family, wanted: ModulesConfig, slot: Slot) -> Geo
         ("adapter", "adapter_blocks", adapter_sites),
     ):
         if kind in kinds and not found:
-            raise ValueError(f"modules.{name}: a {model_type} model has no {', '.join(getattr(wanted, name))}")
+            raise ValueError(
+                f"modules.{name}: a {model_type} model has none of {', '.join(getattr(wanted, name))}; name others"
+            )
     for target in wanted.lora_targets if "lora" in kinds else ():
         if target not in linears:
-            raise ValueError(f"modules.lora_targets: a {model_type} model has no {target!r} here")
+            raise ValueError(
+                f"modules.lora_targets: a {model_type} model has no {target!r} here; it has {', '.join(linears)}"
+            )
         if len({(linear.in_features, linear.out_features) for _, linear in linears[target]}) > 1:
-            raise ValueError(f"modules.lora_targets: {target!r} maps of this model differ in size between blocks")
+            raise ValueError(
+                f"modules.lora_targets: {target!r} maps of this model differ in size between blocks; leave it out"
+            )
     return Geometry(
         prefix_sites=tuple(prefix_sites),
         adapter_sites=tuple(adapter_sites),

@@ -74,7 +74,9 @@ def attach(model: Any, folder: str | Path) -> Callable[[], None]:
 
 def _check(model: Any, config: dict[str, Any]) -> None:
     if config["version"] != VERSION:
-        raise ValueError(f"config.json has version {config['version']} of the format, this loader reads {VERSION}")
+        raise ValueError(
+            f"config.json has version {config['version']} of the format, this loader reads {VERSION}; export once more"
+        )
     if model.config._attn_implementation == NAME:
         raise ValueError("this model has static weights already: call what attach returned for them first")
     backbone, kind = config["backbone"], model.config.model_type
@@ -82,7 +84,9 @@ def _check(model: Any, config: dict[str, Any]) -> None:
         raise ValueError(f"the weights were made for {backbone['model_type']} ({backbone['id']}), this model is {kind}")
     # within two per cent, because either may have been rounded to bfloat16
     if not torch.allclose(sample(model), torch.tensor(backbone["sample"]), rtol=0.02, atol=1e-6):
-        raise ValueError(f"the weights were made for {backbone['id']}, this {kind} model has other embeddings")
+        raise ValueError(
+            f"the weights were made for {backbone['id']}, this {kind} model has other embeddings; load that one"
+        )
 
 
 def sample(model: Any) -> Tensor:

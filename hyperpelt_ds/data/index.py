@@ -22,8 +22,6 @@ from typing import BinaryIO
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
-from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext
 
 VERSION = 2  # of indexes and manifests alike
 SAMPLE_BYTES = (1 << 31) - 4096  # samples are smaller: a read of the system gives at most so much at once
@@ -183,13 +181,15 @@ def find_shards(patterns: str) -> list[Path]:
 
     Files that braces name need not be there. Raises ValueError for a glob that no file fits, and for URLs.
     """
+    from webdataset.shardlists import expand_urls  # webdataset loads torch, for which --help should not wait
+
     found: dict[Path, None] = {}
     for name in expand_urls(patterns):
         if "://" in name or name.startswith("pipe:"):
             raise ValueError(f"{name!r}: only files of this machine can be indexed, beside which the index is written")
         names = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not names:
-            raise ValueError(f"{name!r}: no file fits")
+            raise ValueError(f"{name!r}: no file fits; a pattern in quotes starts at the folder that you are in")
         found |= dict.fromkeys(map(Path, names))
     return list(found)
 
@@ -237,6 +237,9 @@ class _Scan:
         self.name, self.file = name, file
         self.sha256 = hashlib.sha256()
         self.done = 0  # bytes of the tar read and hashed: up to the last data byte of the last member
+        from webdataset.tariterators import base_plus_ext  # late, as above
+
+        self._key_and_suffix = base_plus_ext
         self.keys: set[str] = set()
         self.texts: list[bytes] = []  # the keys in order
         self.key = ""  # of the sample at hand, and the suffixes it has so far
@@ -245,7 +248,7 @@ class _Scan:
         self.arrays: dict[str, array[int]] = {name: array("Q") for name in _ARRAYS}
 
     def add(self, member: tarfile.TarInfo) -> None:
-        key, suffix = base_plus_ext(member.name)
+        key, suffix = self._key_and_suffix(member.name)
         if key is None or _META.match(member.name):  # webdataset skips them as well, and reads suffixes in lower case
             return
         suffix = suffix.lower()

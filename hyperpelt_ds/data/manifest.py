@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyperpelt_ds import dist
 from hyperpelt_ds.config import DataConfig
 from hyperpelt_ds.data.folder import Folder, LocalFolder, open_folder
 from hyperpelt_ds.data.index import VERSION, index_path, read_index, replace
@@ -30,7 +30,7 @@ from hyperpelt_ds.tasks import adopt_all
 MANIFEST = "manifest.json"
 FEATURES = "features"
 
-log = dist.logger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from webdataset import TarWriter
 
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.index import Index, index_path, index_shard, replace
@@ -94,6 +93,8 @@ def _write(folder: Path, stem: str, samples: Iterable[tuple[str, dict[str, bytes
     """Writes (key, {suffix: bytes}) samples to `<stem>-000000.tar`, ...; no partial file ever has that name."""
     if per_shard < 1:
         raise ValueError(f"per_shard: must be greater than 0, got {per_shard}")
+    from webdataset import TarWriter  # it loads torch, for which --help should not wait
+
     shards: list[Shard] = []
     seen: set[str] = set()
     for number, chunk in enumerate(_chunks(samples, per_shard)):

@@ -20,6 +20,7 @@ from hyperpelt_ds.data.evaluation import read_texts
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import DamagedSample, Reader
 from hyperpelt_ds.model import HyperPELT, Predictor, identity_of
+from hyperpelt_ds.terminal import progress
 
 Ask = Callable[[Sequence[Sample]], list[str | None]]
 """Samples to what the model generates for each, in their order; None for one whose image cannot be read."""
@@ -37,8 +38,9 @@ def answers(
     """
     order = sorted(range(len(samples)), key=lambda place: len(samples[place].source))
     found: list[tuple[int, str | None]] = []
+    own = range(dist.rank() * size, len(order), dist.world_size() * size)
     with pace or nullcontext():
-        for start in range(dist.rank() * size, len(order), dist.world_size() * size):
+        for start in progress(own, "batches answered", len(own)):
             places = order[start : start + size]
             found += zip(places, ask([samples[place] for place in places]), strict=True)
     gathered = dict(answer for part in dist.gather(found) for answer in part)
@@ -123,5 +125,6 @@ def check_features(manifest: Manifest, config: Config, run_dir: str | Path) -> N
     made_with = identity_of(Path(run_dir))["encoder"]
     if config.vision.encoder and manifest.features and made_with not in (None, manifest.features.encoder):
         raise ValueError(
-            f"{manifest.path} holds features of {manifest.features.encoder}, {run_dir} was trained on {made_with}"
+            f"{manifest.path} holds features of {manifest.features.encoder}, {run_dir} was trained on "
+            f"{made_with}; make them with the run's encoder (data_prep/features.py)"
         )

@@ -186,7 +186,9 @@ def newest(run_dir: Path) -> Path | None:
             log.warning("checkpoint %s rejected: %s", folder, reason)
     found, rejected = dist.gather((found, rejected))[0]
     if found is None and rejected:
-        raise ValueError(f"{run_dir} has no valid checkpoint to resume from: " + "; ".join(rejected))
+        raise ValueError(
+            f"{run_dir} has no valid checkpoint to resume from, start a new run_dir: " + "; ".join(rejected)
+        )
     return found
 
 
@@ -199,13 +201,17 @@ def check(
     if state["backbone"] != backbone:
         raise ValueError(
             f"{folder} was trained on a backbone with fingerprint {state['backbone'][:12]}, "
-            f"but {config.model.backbone} has {backbone[:12]}: the frozen weights differ"
+            f"but {config.model.backbone} has {backbone[:12]}: the frozen weights differ; put back the one it "
+            f"had, or start a new run_dir"
         )
     # a field that did not exist when the checkpoint was written had the effect of what is now its default
     now, defaults = _flat(configuration.to_dict(config)), _flat(configuration.to_dict(Config()))
     saved = defaults | _flat(state["config"])
     if saved["data.tasks"] != now["data.tasks"]:
-        raise ValueError(f"{folder} was trained on tasks {saved['data.tasks']}, this run has {now['data.tasks']}")
+        raise ValueError(
+            f"{folder} was trained on tasks {saved['data.tasks']}, this run has {now['data.tasks']}; give "
+            f"data.tasks as it was, or add tasks in a new run_dir with --init_from and --new_task"
+        )
     free = [*_FREE_TO_CHANGE, "train.steps"] if config.train.schedule == "constant" else _FREE_TO_CHANGE
     changed = [name for name in now if name not in free and saved.get(name) != now[name]]
     if changed:

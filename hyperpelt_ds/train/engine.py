@@ -6,14 +6,18 @@ an engine. This file must not know what a task, a batch's content or a checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -74,7 +78,8 @@ def start_distributed() -> None:
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's name for it
     if dist.has_gpu():
         torch.cuda.set_device(dist.device())
-    _deepspeed().init_distributed(timeout=timedelta(minutes=30), auto_mpi_discovery=False, verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # seen in 0.19.8: it prints on every rank that its op was built
+        _deepspeed().init_distributed(timeout=timedelta(minutes=30), auto_mpi_discovery=False, verbose=False)
     dist.barrier()
     _shared_buffer().unlink(missing_ok=True)
 
@@ -198,6 +203,14 @@ class Engine:
         """Whether updates are left out on purpose now and then, to find float16's loss scale."""
         self._gradient_norm = torch.zeros(())
 
+    @property
+    def computes_in(self) -> str:
+        """The type of numbers of a step, in words."""
+        names = {"bf16": "bfloat16", "fp16": "float16"}
+        found = [name for section, name in names.items() if self.precision.get(section, {}).get("enabled")]
+        autocast = self.precision.get("torch_autocast", {})
+        return f"autocast to {autocast['dtype']}" if autocast.get("enabled") else (found or ["float32"])[0]
+
     def forward(self, batch: Any, last: bool) -> Any:
         """The model on a micro-batch; `last` if it is the step's last one.
 
@@ -299,10 +312,13 @@ def start(model: nn.Module, config: Config, ds_config_path: str | Path) -> Engin
 @functools.cache
 def _deepspeed() -> ModuleType:
     """DeepSpeed, imported late (it takes seconds) and after its environment: it looks for `ninja` on PATH, which a
-    venv that was not activated lacks, and probes for accelerators unless told."""
+    venv that was not activated lacks, and probes for accelerators unless told. What concerns neither the run nor its
+    user is left out: that there is no CUDA where none is used, and which of torch's functions DeepSpeed should call."""
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     if not dist.has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
 
     return deepspeed

@@ -23,6 +23,7 @@ from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.model import HyperPELT, identity_of, load
 from hyperpelt_ds.tasks import Task, baselines, glue, metrics
+from hyperpelt_ds.terminal import progress
 from hyperpelt_ds.train import engine
 from hyperpelt_ds.train.answering import answers, asker, generate, known_tasks, load_manifest, split_samples
 from hyperpelt_ds.train.controls import CONTROLS, DEFAULT
@@ -58,7 +59,8 @@ def validate(
     collator = collator_for(config, config.data.tasks, model.backbone.tokenizer)
     ranks = dist.rank(), dist.world_size()
     found: list[tuple[Sample, str]] = []
-    for batch in evaluation_batches(manifest, split, names, collator, config.eval.batch_size, *ranks, limit):
+    batches = evaluation_batches(manifest, split, names, collator, config.eval.batch_size, *ranks, limit)
+    for batch in progress(batches, f"batches of {split} answered"):
         answered = zip(batch.samples, generate(model, batch, config), batch.loss_weights.tolist(), strict=True)
         found += [(sample, text) for sample, text, weight in answered if weight]
         between()
@@ -156,8 +158,9 @@ def evaluate(
         "scoring_seconds": scoring,
     }
     if dist.rank() == 0:
-        Path(out or Path(run_dir) / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(table(results), flush=True)
+        file = Path(out or Path(run_dir) / "results.json")
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{table(results)}\nwrote {file}", flush=True)
     return results
 
 

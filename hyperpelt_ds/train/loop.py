@@ -12,6 +12,7 @@ import platform
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,13 +26,24 @@ from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.plain import PlainStream, train_stream
 from hyperpelt_ds.model import IDENTITY, HyperPELT, build, description_sample, identity_of
-from hyperpelt_ds.train import agreement, checkpoint, engine, outcome, randomness, steps, supervision, transfer
+from hyperpelt_ds.train import agreement, checkpoint, crash, engine, outcome, randomness, steps, supervision, transfer
 from hyperpelt_ds.train.checkpoint import Progress, Saver
 from hyperpelt_ds.train.control import RollBack
 from hyperpelt_ds.train.engine import Engine
 from hyperpelt_ds.train.watchdog import Watchdog
 
 log = dist.logger(__name__)
+
+
+class Ready(NamedTuple):
+    """All that is there before the first step; `decided` is what was chosen for new tasks, if this run begins some."""
+
+    config: Config
+    manifest: Manifest
+    model: HyperPELT
+    engine: Engine
+    backbone: str
+    decided: dict[str, Any] | None
 
 
 def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bool = False) -> HyperPELT:
@@ -41,12 +53,13 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
     the first step, and outcome.Stopped if the ranks leave together before the last one.
     """
     folder = Path(run_dir)
-    _claim(folder, resume)
+    claim(folder, resume)
     with Watchdog(folder, config.train) as watchdog:
-        return _train(config, Path(ds_config), folder, watchdog)
+        return _train(prepare(config, Path(ds_config), folder), folder, watchdog)
 
 
-def _train(config: Config, ds_config: Path, folder: Path, watchdog: Watchdog) -> HyperPELT:
+def prepare(config: Config, ds_config: Path, folder: Path) -> Ready:
+    """Joins the ranks, reads, builds and compares; writes nothing. The weights are those of a run that begins."""
     manifest = Manifest.of(config.data)
     config = resolve(config, manifest)
     settings = engine.merge(ds_config, config, dist.world_size())  # for its errors, before minutes of loading
@@ -68,16 +81,14 @@ def _train(config: Config, ds_config: Path, folder: Path, watchdog: Watchdog) ->
     transfer.freeze(model, config)
     wrapped = engine.start(model, config, ds_config)
     randomness.seed(config.train.seed, dist.rank())  # each rank its own dropout
+    return Ready(config, manifest, model, wrapped, backbone, decided)
+
+
+def _train(ready: Ready, folder: Path, watchdog: Watchdog) -> HyperPELT:
+    config, manifest, model, wrapped, backbone, decided = ready
     saved = _resume(folder, wrapped, config, backbone)
     run = steps.Run(
-        config,
-        folder,
-        manifest,
-        model,
-        wrapped,
-        _stream(manifest, config, model, saved),
-        Saver(folder, config, backbone),
-        watchdog,
+        config, folder, manifest, model, wrapped, stream(ready, saved), Saver(folder, config, backbone), watchdog
     )
     agreement.check_shared(folder)
     supervision.record_process(folder, dist.rank())
@@ -100,18 +111,19 @@ def _train(config: Config, ds_config: Path, folder: Path, watchdog: Watchdog) ->
     except RollBack:  # at most once in a run
         saved = _resume(folder, wrapped, config, backbone)
         assert saved is not None
-        stream, saver = _stream(manifest, config, model, saved), Saver(folder, config, backbone)
-        steps.take(dataclasses.replace(run, stream=stream, saver=saver), saved)
+        again = dataclasses.replace(run, stream=stream(ready, saved), saver=Saver(folder, config, backbone))
+        steps.take(again, saved)
     if config.transfer.train == "embeddings" and dist.rank() == 0:
         for file in transfer.write_task_files(folder, model, config):
             log.info("%s: %d bytes, to be added to %s", file, file.stat().st_size, config.transfer.init_from)
     return model
 
 
-def _stream(manifest: Manifest, config: Config, model: HyperPELT, saved: Progress | None) -> TrainStream | PlainStream:
-    ranks = dist.rank(), dist.world_size()
-    state = saved.stream if saved else None
-    return train_stream(manifest, config, config.data.tasks, model.backbone.tokenizer, *ranks, state)
+def stream(ready: Ready, saved: Progress | None) -> TrainStream | PlainStream:
+    """The training data from where `saved` stands, or from the beginning."""
+    ranks, state = (dist.rank(), dist.world_size()), saved.stream if saved else None
+    names, tokenizer = ready.config.data.tasks, ready.model.backbone.tokenizer
+    return train_stream(ready.manifest, ready.config, names, tokenizer, *ranks, state)
 
 
 def resolve(config: Config, manifest: Manifest) -> Config:
@@ -125,14 +137,23 @@ def resolve(config: Config, manifest: Manifest) -> Config:
         raise ValueError(f"data.plain names {', '.join(plain)}, but the tasks to be trained are {', '.join(trained)}")
     for name in trained:
         if not manifest.count(name, "train") and not plain:
-            raise ValueError(f"task {name!r} has no samples in the train split of {config.data.manifest}")
+            raise ValueError(
+                f"task {name!r} has no samples in the train split of {config.data.manifest}; leave it out of "
+                f"data.tasks (or of data.train_tasks), or build them"
+            )
         if tasks.needs_image(name) and config.vision.encoder is None:
-            raise ValueError(f"task {name!r} needs images, but vision.encoder is not set")
+            raise ValueError(
+                f"task {name!r} needs images, but vision.encoder is not set; set it, as data_prep/features.py "
+                f"says at its end, or leave the task out of data.tasks"
+            )
     for name in config.data.loss_weights:
         if name not in names:
             raise ValueError(f"data.loss_weights: {name!r} is not one of the run's tasks, {', '.join(names)}")
     if not any(manifest.count(name, VALIDATION) for name in trained):
-        raise ValueError(f"no task of the run has samples in the {VALIDATION} split of {config.data.manifest}")
+        raise ValueError(
+            f"no task of the run has samples in the {VALIDATION} split of {config.data.manifest}, by which the best "
+            f"weights are chosen; build some"
+        )
     data, model, vision, hypernet = config.data, config.model, config.vision, config.hypernet
     return dataclasses.replace(  # local paths in full, so that the run can be loaded from anywhere
         config,
@@ -182,8 +203,9 @@ def _check_samples(manifest: Manifest, config: Config, model: HyperPELT) -> None
         raise ValueError(faults[0])
 
 
-def _claim(folder: Path, resume: bool) -> None:
-    used = folder.is_dir() and any(folder.iterdir())
+def claim(folder: Path, resume: bool) -> None:
+    """Raises ValueError if another run is in the folder. What a start left that got nowhere is none."""
+    used = folder.is_dir() and not all(crash.left(file) for file in folder.iterdir())
     if used and not resume:
         raise ValueError(f"run_dir {folder} is not empty; give --resume to continue it, or another run_dir")
 

@@ -136,7 +136,7 @@ def _check(engine: Any, snapshot: Snapshot) -> None:
         name = differ[0]
         raise ValueError(
             f"the checkpoint holds other parameters than this run has, {len(differ)} differ: {name!r} is "
-            f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+            f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} here; start a new run_dir"
         )
 
 

@@ -70,6 +70,8 @@ def predict(
             print(f"{len(blind)} of {len(samples)} samples cannot be read, their predictions are empty", flush=True)
             log.warning("%d samples cannot be read, their predictions are empty: %s", len(blind), ", ".join(blind))
         log.info("%d answers; sources cut at %d tokens: %d", len(texts), run.config.data.max_source_length, truncated)
+        if form != "jsonl":
+            log.info("next: hand in the files in %s", out)
 
 
 def read_lines(path: Path, run: Predictor, task: str | None) -> list[Sample]:
@@ -97,7 +99,9 @@ def read_lines(path: Path, run: Predictor, task: str | None) -> list[Sample]:
             raise ValueError(f"{path}, line {number}: key {sample.key!r} of task {sample.task!r} is line {first}'s")
         samples.append(sample)
     if not samples:
-        raise ValueError(f"{path}: holds no lines")
+        raise ValueError(
+            f'{path}: holds no lines; expected some such as {{"task": "movie_sentiment", "source": "a good film"}}'
+        )
     return samples
 
 
@@ -131,7 +135,7 @@ def _sample(fields: dict[str, Any], run: Predictor, task: str | None, folder: Pa
     if image is not None and run.config.vision.encoder is None:
         raise ValueError("has an image, but the run was trained without images (vision.encoder is not set)")
     if image is not None and not Path(image).is_file():
-        raise ValueError(f"image {image} does not exist")
+        raise ValueError(f"image {image} does not exist; a relative path starts at the file's folder")
     return Sample(str(fields.get("key", "")), name, fields[given[0]], "", image=image)
 
 

@@ -75,6 +75,17 @@ def take(run: Run, progress: Progress) -> None:
             steps.end(state, None if state == outcome.RUNNING else code)
 
 
+def accumulate(engine: Engine, window: Window, micro_batches: Sequence[Batch], usable: int) -> None:
+    """The gradient of the mean loss over the `usable` samples of a global batch, of which these are this rank's."""
+    scale = engine.accumulation * dist.world_size() / usable  # DeepSpeed divides by the micro-batches and the ranks
+    for number, micro_batch in enumerate(micro_batches, 1):
+        batch = micro_batch.to(dist.device())
+        batch = batch._replace(loss_weights=batch.loss_weights * scale)
+        output = engine.forward(batch, last=number == len(micro_batches))
+        engine.backward(output.loss)
+        window.add(batch, output.sample_losses)
+
+
 class _Steps:
     """`progress` is where the run stands after the last step that was taken, applied or not."""
 
@@ -186,15 +197,7 @@ class _Steps:
     def _train(self, micro_batches: Sequence[Batch], usable: int) -> bool:
         """One update from the gradient over the global batch; False if it was left out, on every rank."""
         engine = self.run.engine
-        # The loss is the mean over the usable samples of the global batch; DeepSpeed divides by the micro-batches and
-        # the ranks.
-        scale = engine.accumulation * dist.world_size() / usable
-        for number, micro_batch in enumerate(micro_batches, 1):
-            batch = micro_batch.to(dist.device())
-            batch = batch._replace(loss_weights=batch.loss_weights * scale)
-            output = engine.forward(batch, last=number == len(micro_batches))
-            engine.backward(output.loss)
-            self.window.add(batch, output.sample_losses)
+        accumulate(engine, self.window, micro_batches, usable)
         if self.gradients is not None:
             self.gradients.check(engine)
             self.gradients = None

@@ -60,11 +60,14 @@ def from_run(run: str | Path, new_tasks: Sequence[str], like: str | None, train:
         raise ValueError("--like and --train embeddings need --new_task")
     folder = Path(run).resolve()
     if not (folder / "config.json").is_file():
-        raise ValueError(f"--init_from {run}: no run, it has no config.json")
+        raise ValueError(f"--init_from {run}: no run, it has no config.json; give the run_dir of a training")
     base = configuration.load(folder / "config.json")
     known = [name for name in new_tasks if name in base.data.tasks]
     if known:
-        raise ValueError(f"--new_task {known[0]!r}: {run} was already trained on it")
+        raise ValueError(
+            f"--new_task {known[0]!r}: {run} was already trained on it; without --new_task, --init_from trains "
+            f"it further"
+        )
     if like is not None and like not in base.data.tasks:
         raise ValueError(f"--like {like!r} is not one of the tasks of {run}: {', '.join(base.data.tasks)}")
     return dataclasses.replace(
@@ -142,7 +145,8 @@ def _check(folder: Path, base: Config, config: Config, model: HyperPELT) -> None
     if identity["backbone"] != now:
         raise ValueError(
             f"transfer.init_from: {folder} was trained on a backbone with fingerprint {identity['backbone'][:12]}, "
-            f"but {config.model.backbone} has {now[:12]}: the frozen weights differ"
+            f"but {config.model.backbone} has {now[:12]}: the frozen weights differ; name the one it had in "
+            f"model.backbone"
         )
     old, new = configuration.to_dict(base), configuration.to_dict(config)
     different = [

@@ -133,7 +133,7 @@ def _fill(model: nn.Module, path: str) -> None:
     """Loads a state dict (.safetensors, or torch's own format) that must fit, and sets eval mode."""
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"vision.weights: no file {path}")
+        raise ValueError(f"vision.weights: no file {path}; give the one that the features were made with")
     try:
         tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
