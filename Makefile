@@ -3,6 +3,7 @@
 #   make test       the tests, at most 8 minutes on 2 cores
 #   make test-all   the slow, browser and multi-node tests too (an hour)
 #   make check      formatting, lint and types
+#   make docs       the pages, the figure and the table that are generated
 
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done)
@@ -13,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 MARKS ?= (slow or browser or multinode) and not gpu
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-slow test-all check clean
+.PHONY: venv demo test test-slow test-oldest test-all check docs clean
 
 venv: .venv/installed
 
@@ -42,6 +43,10 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy data_prep
+
+docs: .venv/installed
+	$(BIN)/python docs/configuration.py
+	$(BIN)/python docs/demo.py
 
 clean:
 	rm -rf .venv data runs
