@@ -45,7 +45,7 @@ NOT_RUN = {
     ("recipes.md", ""): "official data and weights, and GPUs; tests/test_recipes.py trains each recipe on a tiny model",
     ("study.md", ""): "fetches packages, and takes twelve hours of a core",
 }
-SHORTER = {"launch/bench_step.py": "--rounds 1 --cases bart_6x6_d512 --batch 1"}
+SHORTER = {"bench_step.py": "--rounds 1 --cases bart_6x6_d512 --batch 1", "launch/train.py": "train.steps=4"}
 OWN_PORT = ("deepspeed --num_accelerators", "deepspeed --master_port {} --num_accelerators")
 WORD = re.compile(r"[a-z]+\.[a-z_]+=")
 TRAINS_DEMO = re.compile(r"train\.py --recipe demo [^\n]*--run_dir runs/demo")
