@@ -1,5 +1,6 @@
-"""Prints what pip's --constraint needs to install the oldest versions that pyproject.toml allows, dependencies of its own
-included: one NAME==FLOOR a line. A requirement without a floor, or with one that was never released, is an error (pip's).
+"""Prints the oldest versions that pyproject.toml allows, optional groups included, as constraints for pip.
+
+One NAME==FLOOR a line. With a floor that was never released, or that another requirement excludes, pip ends with an error.
 """
 
 from __future__ import annotations
