@@ -1,6 +1,7 @@
 """Prints the oldest versions that pyproject.toml allows, optional groups included, as constraints for pip.
 
-One NAME==FLOOR a line. With a floor that was never released, or that another requirement excludes, pip ends with an error.
+One NAME==FLOOR a line. For a floor that was never released, or that another requirement excludes, pip ends with an
+error.
 """
 
 from __future__ import annotations
