@@ -1,11 +1,14 @@
 # Everything a new machine needs: Python 3.11 or 3.12, make, g++ and pip access.
 #   make demo       fetch packages, build data and backbone, train on 2 CPU processes, print one table
 #   make test       the tests, at most 8 minutes on 2 cores
-#   make test-all   the slow, browser and multi-node tests too (an hour)
+#   make test-oldest  the tests with the oldest versions that pyproject.toml allows (a second environment, 6 GB)
+#   make test-all   the slow, browser and multi-node tests too, and the oldest versions (more than an hour)
 #   make check      formatting, lint and types
+#   make docs       the pages, the figure and the table that are generated
 
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done)
+OLDEST := .venv-oldest
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DS_ACCELERATOR ?= cpu
@@ -13,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 MARKS ?= (slow or browser or multinode) and not gpu
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-slow test-all check clean
+.PHONY: venv demo test test-slow test-oldest test-all check docs clean
 
 venv: .venv/installed
 
@@ -34,8 +37,18 @@ test: .venv/installed
 test-slow: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "$(MARKS)"
 
+$(OLDEST)/installed: pyproject.toml .ci/oldest.py
+	$(or $(shell python3.11 -c '$(SUITABLE)' 2>/dev/null && echo python3.11),$(PYTHON)) -m venv $(OLDEST)
+	$(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev,bench]'
+	touch $@
+
+test-oldest: $(OLDEST)/installed
+	HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest
+
 test-all: test
 	$(MAKE) test-slow
+	$(MAKE) test-oldest
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -43,5 +56,9 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/mypy data_prep
 
+docs: .venv/installed
+	$(BIN)/python docs/configuration.py
+	$(BIN)/python docs/demo.py
+
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv $(OLDEST) data runs

@@ -71,7 +71,9 @@ class ModulesConfig:
     adapter_placement: Literal["parallel", "sequential"] = "parallel"
     """Parallel adapters read the block's input, sequential ones its output; both add to its output."""
     adapter_activation: Literal["relu", "gelu", "gelu_new", "silu"] = "relu"
+    """What stands between an adapter's two linear maps."""
     adapter_scale: Literal["learned", "fixed"] = "learned"
+    """Whether the factor on an adapter's output (the paper's lambda) is trained."""
     adapter_scale_value: float = 1.0
     """The factor on an adapter's output, or its start if it is learned."""
     adapter_scale_sharing: Literal["position", "shared"] = "position"
@@ -81,6 +83,7 @@ class ModulesConfig:
     adapter_start: Literal["no_op", "normal"] = "no_op"
     """Whether a new adapter (or low-rank delta) adds exactly nothing, or all of its weights start at random."""
     lora_rank: int = 8
+    """Rank of the low-rank deltas (r)."""
     lora_alpha: float = 16.0
     """Low-rank deltas are scaled by lora_alpha / lora_rank."""
     lora_targets: tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...] = ("query", "value")
@@ -105,7 +108,9 @@ class HypernetConfig:
     sentence_encoder: str | None = None
     """A local folder or hub id of a BERT-like sentence encoder, for the condition `description`."""
     embedding_size: int = 64
+    """Size of a row of the task, layer and block embeddings (d)."""
     hidden_size: int = 128
+    """Width of the projector between its linear layers."""
     projector_depth: int = 2
     """Linear layers of the projector, with a ReLU between them."""
     hyper_size: int = 64
@@ -189,6 +194,7 @@ class DataConfig:
     """A sample that cannot be used (damaged, of a wrong form, without its image's features) is left out and counted.
     The run stops once there are more of them than this, and more than max_hole_share of what was drawn."""
     max_hole_share: float = 0.001
+    """See max_holes."""
     cache: str = "~/.cache/hyperpelt_ds"
     """Folder of this machine where shards of a remote manifest are kept; all processes and runs may share it."""
     cache_gb: float = 100.0
@@ -200,6 +206,7 @@ class TrainConfig:
     """Optimisation and what happens when."""
 
     seed: int = 0
+    """Of the initial weights, the order of the data and dropout."""
     steps: int = 1000
     """Optimizer steps."""
     global_batch: int = 64
@@ -212,16 +219,25 @@ class TrainConfig:
     then has as many micro-batches as that takes, the same number on every rank, whatever micro_batch says. 0: no limit,
     and always as many as micro_batch says."""
     learning_rate: float = 3e-4
+    """The highest of the run, of AdamW."""
     warmup_steps: int = 100
+    """Steps in which the rate rises from nothing; then comes the schedule."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls from the end of the warm-up to 0 at the last step, if at all."""
     weight_decay: float = 0.0
+    """AdamW's, on the weights of linear maps alone: not on embeddings, biases, norms and learned factors."""
     gradient_clipping: float = 1.0
     """Norm the gradient is clipped to; 0 does not clip."""
     label_smoothing: float = 0.0
+    """Share of each target token's weight that is spread over the vocabulary, in training alone."""
     log_every: int = 10
+    """Steps between lines of metrics."""
     save_every: int = 500
+    """Steps between checkpoints."""
     keep_checkpoints: int = 2
+    """Checkpoints that stay, the newest ones; the best one stays besides."""
     eval_every: int = 500
+    """Steps between validations; there is one after the last step too."""
     patience: int = 0
     """Stop after this many validations without a better mean score; 0 never stops early."""
     max_consecutive_skips: int = 8
@@ -261,9 +277,11 @@ class EvalConfig:
     """Validation and scoring by generation."""
 
     batch_size: int = 32
+    """Samples that are generated for at a time on one rank."""
     samples_per_task: int = 0
     """Validation samples of each task while training; 0 takes all."""
     num_beams: int = 1
+    """Beams of the search; 1 takes the likeliest token each time."""
 
 
 @dataclass(frozen=True)
@@ -376,7 +394,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-_POSITIVE = (
+POSITIVE = (  # these three are what docs/configuration.md says is allowed
     "modules.prefix_length",
     "modules.bottleneck",
     "modules.adapter_scale_value",
@@ -406,7 +424,7 @@ _POSITIVE = (
     "eval.batch_size",
     "eval.num_beams",
 )
-_NOT_NEGATIVE = (
+NOT_NEGATIVE = (
     "hypernet.prefix_mlp",
     "hypernet.head_std",
     "data.shots",
@@ -426,6 +444,7 @@ _NOT_NEGATIVE = (
     "train.save_limit",
     "eval.samples_per_task",
 )
+SHARES = ("model.dropout", "train.label_smoothing", "data.max_hole_share")
 
 
 def _check_ranges(config: Config) -> None:
@@ -433,13 +452,13 @@ def _check_ranges(config: Config) -> None:
         section, key = name.split(".")
         return getattr(getattr(config, section), key)
 
-    for name in _POSITIVE:
+    for name in POSITIVE:
         if not value(name) > 0:
             raise ValueError(f"{name}: must be greater than 0, got {value(name)}")
-    for name in _NOT_NEGATIVE:
+    for name in NOT_NEGATIVE:
         if value(name) < 0:
             raise ValueError(f"{name}: must not be negative, got {value(name)}")
-    for name in ("model.dropout", "train.label_smoothing", "data.max_hole_share"):
+    for name in SHARES:
         if value(name) is not None and not 0 <= value(name) < 1:
             raise ValueError(f"{name}: must lie in [0, 1), got {value(name)}")
     budget = config.model.generation_budget_mb

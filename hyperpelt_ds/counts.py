@@ -151,9 +151,10 @@ def _parts(model: HyperPELT) -> dict[str, int]:
 def _one_of_each(config: Config, model: HyperPELT) -> dict[str, int]:
     """Bytes of the weights that the hypernetwork makes from one task and one image."""
     one, vision = torch.zeros(1, dtype=torch.long), config.vision
+    text = one.unsqueeze(0)
     images = torch.zeros(1, vision.cells, vision.channels) if vision.encoder is not None else None
     batch = Batch(
-        input_ids=one, attention_mask=one, labels=one, targets=one, tasks=one, task_rows=one,
+        input_ids=text, attention_mask=text, labels=text, targets=one, tasks=one, task_rows=one,
         images=images, image_rows=one, loss_weights=one, samples=(),
     )  # fmt: skip
     weights: Weights = model.hypernet(batch)
