@@ -24,6 +24,8 @@ COMMANDS = (
     "bench_step",
     "bench_kernels",
     "study",
+    "report",
+    "status",
 )
 
 

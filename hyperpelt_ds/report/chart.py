@@ -6,6 +6,7 @@ not know what a run is.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ def curves(title: str, unit: str, lines: Sequence[Line], bounds: Point | None = 
             parts.append(_text(_WIDTH - _RIGHT + 7, place + 4, text, f"end tone{line.tone % TONES}"))
     for line, points in zip(lines, drawn, strict=True):
         parts.append(_targets(line, points, across, up))
-    label = f"{title}: " + "; ".join(f"{x.label} ends at {number(p[-1][1])}" for x, p in zip(lines, drawn) if p)
+    ends = [f"{line.label} ends at {number(p[-1][1])}" for line, p in zip(lines, drawn, strict=True) if p]
+    label = f"{title}: {'; '.join(ends)}"
     svg = tag("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=label)
     return tag("figure", tag("figcaption", title), svg, folded("numbers", _numbers(lines, drawn, note)), class_="chart")
 
@@ -106,7 +108,7 @@ def interval(value: float, low: float, high: float, marks: Sequence[tuple[str, s
 def matrix(
     rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], title: object, limit: float
 ) -> Html:
-    """A map: the number in every cell, its colour from -limit over nothing at 0 to +limit; empty where it is not known."""
+    """A map: the number in every cell, its colour from -limit over none at 0 to +limit; empty where it is not known."""
     head = tag("tr", tag("th"), *(tag("th", tag("span", name), scope="col") for name in columns))
     body = []
     for name, row in zip(rows, values, strict=True):
@@ -117,7 +119,7 @@ def matrix(
 
 
 def thinned(points: Sequence[Point], limit: int = _DRAWN) -> list[Point]:
-    """At most about `limit` points: all, or the lowest and the highest of every stretch, with the first and the last."""
+    """All points, or about `limit`: the lowest and the highest of every stretch, with the first and the last."""
     if len(points) <= limit:
         return list(points)
     size = math.ceil(2 * len(points) / limit)
@@ -156,7 +158,9 @@ class _Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, at = (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        low, high, at = (
+            (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
         return self.start + (self.end - self.start) * (at - low) / (high - low)
 
     def ticks(self, count: int) -> list[float]:
@@ -223,7 +227,7 @@ def _spread(places: Sequence[float], least: float = 13.0) -> list[float]:
     chart."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     moved = list(places)
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in itertools.pairwise(order):
         moved[after] = max(moved[after], moved[before] + least)
     over = max(0.0, moved[order[-1]] - (_HEIGHT - _BOTTOM + 4))
     return [place - over for place in moved]

@@ -25,6 +25,7 @@ _UNITS = {
     "learning_rate": "rate",
     "loss": "loss",
 }
+_NOISY = ("loss", "norm", "_second", "share", "fraction")
 _GROUPS = ("Loss", "Validation", "Optimizer", "Speed and data")
 _OPEN = 12
 """Charts of a group that are there at once; more are behind a click."""
@@ -41,7 +42,7 @@ def section(runs: Sequence[Shown]) -> Html | None:
     for name in names:
         if name not in still:
             groups.setdefault(_group(name), []).append(name)
-    note = "Thin lines are the values and thick ones their running mean, where there are many. Point at a curve for a value."
+    note = "A long noisy curve is thin, with its running mean over it. Point at a curve to read a value."
     parts = [tag("p", note, class_="quiet")]
     for group, own in groups.items():
         charts = [_chart(runs, name) for name in sorted(own, key=lambda name: (name.count("/") > 1, own.index(name)))]
@@ -60,7 +61,7 @@ def _chart(runs: Sequence[Shown], name: str) -> Html:
     lines = [Line(run.label, run.mark, run.tone, points) for run in runs if (points := run.files.series(name))]
     last = name.rpartition("/")[2]
     bounds = (0.0, 1.0) if _group(name) == "Validation" else None
-    return curves(name, _UNITS.get(last, "score" if bounds else ""), lines, bounds, name.endswith(("loss", "norm")))
+    return curves(name, _UNITS.get(last, "score" if bounds else ""), lines, bounds, last.endswith(_NOISY))
 
 
 def _group(name: str) -> str:
@@ -71,9 +72,9 @@ def _group(name: str) -> str:
 
 
 def _constant(runs: Sequence[Shown], name: str) -> float | None:
-    """The one value that a figure has in all runs, if it has one; validations are drawn all the same."""
-    values = {value for run in runs for _, value in run.files.series(name)}
-    return values.pop() if len(values) == 1 and not name.startswith("eval/") else None
+    """The one value that a figure kept in all runs, if it did; validations are drawn all the same."""
+    values = [value for run in runs for _, value in run.files.series(name)]
+    return values[0] if len(values) > 1 and len(set(values)) == 1 and not name.startswith("eval/") else None
 
 
 def _is_number(runs: Sequence[Shown], name: str) -> bool:

@@ -31,8 +31,9 @@ class Checkpoint:
 class RunFiles:
     """A run as its files tell it; each field is empty (or None) if its file is not there.
 
-    `lines` are those of metrics.jsonl, `observations` and `samples` as docs/monitoring.md has them, `holes` those of all ranks, in order of steps. `parameters` are trainable ones
-    by the part of the model that they belong to, from the header of the newest weights.
+    `lines` are those of metrics.jsonl, `observations` and `samples` as docs/monitoring.md has them, `holes` those of
+    all ranks, in order of steps. `parameters` are trainable ones by the part of the model that they belong to, from the
+    header of the newest weights.
     """
 
     folder: Path

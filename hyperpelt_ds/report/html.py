@@ -11,6 +11,9 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+_EMPTY = {"meta", "img"}
+"""Elements that have no end."""
+
 
 class Html(str):
     """Text that is already HTML."""
@@ -26,7 +29,7 @@ def tag(name: str, /, *content: object, **attributes: object) -> Html:
         for key, value in attributes.items()
         if value is not None
     )
-    return Html(f"<{name}{said}>{join(content)}</{name}>")
+    return Html(f"<{name}{said}>" if name in _EMPTY else f"<{name}{said}>{join(content)}</{name}>")
 
 
 def join(content: Iterable[object], between: str = "") -> Html:
@@ -38,7 +41,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], words: int =
     """A table that scrolls by itself if it is too wide. The first `words` columns are text, the others numbers."""
 
     def cells(name: str, row: Sequence[object]) -> Html:
-        return tag("tr", *(tag(name, "" if c is None else c, class_=None if i < words else "n") for i, c in enumerate(row)))
+        return tag("tr", *(tag(name, cell, class_=None if i < words else "n") for i, cell in enumerate(row)))
 
     body = tag("tbody", *(cells("td", row) for row in rows))
     inner = tag("table", tag("thead", cells("th", head)), body, **attributes)
@@ -66,8 +69,9 @@ def number(value: object, digits: int = 4) -> str:
         text = f"{value:,.{min(places, 5)}f}"
         text = text.rstrip("0").rstrip(".") if "." in text else text
     else:
-        mantissa, _, power = f"{value:.2e}".partition("e")
-        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+        mantissa, _, power = f"{value:.{max(0, digits - 2)}e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        text = f"{mantissa}e{int(power)}"
     return text.replace("-", "−")
 
 

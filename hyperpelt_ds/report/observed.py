@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image, UnidentifiedImageError
+
 from hyperpelt_ds.report.chart import TONES, matrix
 from hyperpelt_ds.report.html import Html, join, number, tag
 from hyperpelt_ds.report.shown import Shown
@@ -41,7 +43,9 @@ def maps(runs: Sequence[Shown]) -> Html | None:
     if not looked:
         return None
     found = [_maps(run.files.observations) for run in looked]
-    steps = ", ".join(f"{run.label + ' ' if run.mark else ''}step {number(run.files.observations[-1]['step'])}" for run in looked)
+    steps = ", ".join(
+        f"{run.label + ' ' if run.mark else ''}step {number(run.files.observations[-1]['step'])}" for run in looked
+    )
     said = (
         f"The newest look: {steps}. Cosines: 1 is the same direction, 0 nothing in common, below 0 opposed. Gradients "
         f"below 0 are tasks in conflict: what helps one harms the other; they are means over the last {_LOOKS} looks. "
@@ -147,18 +151,19 @@ def _card(answers: Sequence[tuple[Shown, Mapping[str, Any]]]) -> Html:
 
 
 def _picture(folder: Path, answer: Mapping[str, Any]) -> Html | None:
-    """The picture of an answer, small and inside the page; None if there is none in the run's folder."""
-    from PIL import Image  # only a page with pictures needs it
-
+    """The picture of an answer, small and inside the page; None if the run's folder has none."""
     if not answer.get("picture"):
         return None
     file = (folder / answer["picture"]).resolve()
     if not file.is_relative_to(folder.resolve()) or not file.is_file():
         return None
     small = io.BytesIO()
-    with Image.open(file) as picture:
-        shown = picture.convert("RGB")
-        shown.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        shown.save(small, "WEBP", quality=80)
+    try:
+        with Image.open(file) as picture:
+            shown = picture.convert("RGB")
+    except UnidentifiedImageError:
+        return None
+    shown.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    shown.save(small, "WEBP", quality=80)
     text = base64.b64encode(small.getvalue()).decode()
     return tag("img", src=f"data:image/webp;base64,{text}", alt=f"picture {answer['image']}", loading="lazy")

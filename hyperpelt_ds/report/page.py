@@ -83,7 +83,11 @@ def _card(run: Shown) -> Html:
     """What is first asked of a run."""
     files, judged = run.files, state.judge(run.files)
     kind = {outcome.FINISHED: "good", outcome.RUNNING: "good"}.get(judged.word, "bad")
-    word = tag("p", tag("span", judged.word, class_=f"state {'' if judged.word == state.UNKNOWN else kind}"), f": {judged.said}")
+    word = tag(
+        "p",
+        tag("span", judged.word, class_=f"state {'' if judged.word == state.UNKNOWN else kind}"),
+        f": {judged.said}",
+    )
     steps = files.setting("train.steps")
     progress = files.checkpoint.state["progress"] if files.checkpoint else {}
     best = files.best or {}

@@ -13,6 +13,8 @@ from hyperpelt_ds.report.html import Html, duration, join, number, score, table,
 from hyperpelt_ds.report.shown import Shown
 
 _CONTROL = "shuffled_"
+_TROUBLES = {"truncated": "sources cut", "unreadable": "images unreadable", "left_out": "texts left out"}
+
 Row = tuple[str, str, Mapping[str, Any]]
 """A label, a metric, and the figures of that line."""
 
@@ -27,8 +29,8 @@ def section(runs: Sequence[Shown]) -> Html | None:
         parts.append(tag("h3", "Best validation"))
         parts.append(_validation(validated))
     for run in others:
-        parts.append(tag("p", run.swatch, " has no results.json yet: ",
-                         tag("code", f"python launch/evaluate.py --run_dir {run.files.folder}"), class_="quiet"))  # fmt: skip
+        command = tag("code", f"python launch/evaluate.py --run_dir {run.files.folder}")
+        parts.append(tag("p", run.swatch, " has no results.json yet: ", command, class_="quiet"))
     return join(parts) if scored or validated else None
 
 
@@ -39,17 +41,18 @@ def _results(runs: Sequence[Shown]) -> Html:
     controls = list(dict.fromkeys(key for row in every for key in row if key.startswith(_CONTROL)))
     controls = [name for name in controls if name != f"{_CONTROL}n"]
     several = len(runs) > 1
-    drawn = all(0 <= row["low"] and row["high"] <= 1 for row in every)
+    drawn = all(row["low"] >= 0 and row["high"] <= 1 for row in every)
     body: list[Sequence[object]] = []
     for task in tasks:
-        own = [(run, list(_lines(task, results["tasks"][task]))) for run, results in zip(runs, tables, strict=True) if task in results["tasks"]]
+        rows = [(run, results["tasks"].get(task)) for run, results in zip(runs, tables, strict=True)]
+        own = [(run, list(_lines(task, row))) for run, row in rows if row]
         for place in range(max(len(lines) for _, lines in own)):
             there = [(run, lines[place]) for run, lines in own if place < len(lines)]
             body += [_cells(run, row, controls, several, drawn, first=not i) for i, (run, row) in enumerate(there)]
     head = ["task", *(["run"] if several else []), "metric", *(["0 to 1"] if drawn else []), "score", "95 % interval"]
     head += ["prior", "bag of words", *(name.removeprefix(_CONTROL) + " shuffled" for name in controls), "n"]
     words = 2 + several + drawn
-    notes = [tag("p", *(_note(run) for run in runs), class_="quiet")]
+    notes = [tag("p", _note(run), class_="quiet") for run in runs]
     return join([_key() if drawn else None, table(head, body, words, class_="scores"), *notes])
 
 
@@ -64,9 +67,7 @@ def _lines(task: str, row: Mapping[str, Any]) -> Iterator[Row]:
         yield f"{task}: {group}", "", part
 
 
-def _cells(
-    run: Shown, row: Row, controls: Sequence[str], several: bool, drawn: bool, first: bool
-) -> list[object]:
+def _cells(run: Shown, row: Row, controls: Sequence[str], several: bool, drawn: bool, first: bool) -> list[object]:
     label, metric, figures = row
     prior, words = figures.get("baseline"), figures.get("bag_of_words")
     marks = [("prior", "prior", prior), ("words", "bag of words", words)]
@@ -92,16 +93,15 @@ def _key() -> Html:
     def sign(*shapes: Html) -> Html:
         return tag("svg", *shapes, width=18, height=16, viewBox="0 0 18 16", aria_hidden="true")
 
-    dot = sign(
-        tag("line", x1=1, x2=17, y1=8, y2=8, class_="whisker"), tag("circle", cx=9, cy=8, r=4, fill="currentColor")
-    )
-    return tag(
-        "p",
-        tag("span", dot, "score and 95 % interval"),
-        tag("span", sign(tag("line", x1=9, x2=9, y1=1, y2=15, class_="prior")), "prior: the majority answer, or that to the same question"),
-        tag("span", sign(tag("path", d="M9 4l4 4l-4 4l-4 -4z", class_="words")), "bag of words"),
-        class_="quiet key",
-    )
+    dot = tag("circle", cx=9, cy=8, r=3.5, fill="currentColor")
+    signs = {
+        "score and 95 % interval": sign(tag("line", x1=1, x2=17, y1=8, y2=8, class_="whisker"), dot),
+        "prior: the majority answer, or that to the same question": sign(
+            tag("line", x1=9, x2=9, y1=1, y2=15, class_="prior")
+        ),
+        "bag of words": sign(tag("path", d="M9 4l4 4l-4 4l-4 -4z", class_="words")),
+    }
+    return tag("p", *(tag("span", drawn, said) for said, drawn in signs.items()), class_="quiet key")
 
 
 def _note(run: Shown) -> Html:
@@ -109,10 +109,11 @@ def _note(run: Shown) -> Html:
     said = f"{results['split']} split"
     if results.get("glue_mean") is not None:
         said += f", GLUE mean of 11 numbers {results['glue_mean']:.4f}"
-    for key, what in (("truncated", "sources cut"), ("unreadable", "images unreadable"), ("left_out", "texts left out")):
-        cut = [f"{number(row[key])} of {number(row['n'])} in {task}" for task, row in results["tasks"].items() if row.get(key)]
-        said += f"; {what}: {', '.join(cut)}" if cut else ""
-    said += f"; scored in {duration(results['scoring_seconds'])}. "
+    for key, what in _TROUBLES.items():
+        rows = {task: row for task, row in results["tasks"].items() if row.get(key)}
+        counts = ", ".join(f"{number(row[key])} of {number(row['n'])} in {task}" for task, row in rows.items())
+        said += f"; {what}: {counts}" if counts else ""
+    said += f"; scored in {duration(results['scoring_seconds'])}."
     return join([run.swatch, ": ", said] if run.mark else [said[0].upper() + said[1:]])
 
 
@@ -120,7 +121,7 @@ def _validation(runs: Sequence[Shown]) -> Html:
     """Scores of the best validation of each run, which have no intervals."""
     tables = [run.files.best or {} for run in runs]
     names = list(dict.fromkeys((task, m) for best in tables for task, own in best["tasks"].items() for m in own))
-    rows = [[task, metric, *(score(best["tasks"].get(task, {}).get(metric)) for best in tables)] for task, metric in names]
+    rows = [[task, m, *(score(best["tasks"].get(task, {}).get(m)) for best in tables)] for task, m in names]
     rows.append(["mean", "", *(score(best["score"]) for best in tables)])
     rows.append(["of step", "", *(number(best["step"]) for best in tables)])
     return table(["task", "metric", *(run.swatch if run.mark else "score" for run in runs)], rows, words=2)

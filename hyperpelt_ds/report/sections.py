@@ -135,9 +135,8 @@ _SETUP = [
 
 def _holes(run: Shown) -> Html:
     holes = run.files.holes
-    counted = run.files.last("data/holes")
     if not holes:
-        return tag("p", run.swatch, f": {number(counted or 0)} samples could not be used.")
+        return tag("p", run.swatch, ": every sample that was drawn could be used.")
     reasons = Counter((hole["shard"], hole["reason"]) for hole in holes)
     rows = [[shard, reason, number(n)] for (shard, reason), n in reasons.most_common(20)]
     keys = ("step", "task", "key", "shard", "reason")
@@ -154,7 +153,9 @@ def _bad_steps(run: Shown) -> Html | None:
     steps, back = run.files.bad_steps, run.files.rollback
     if not steps:
         return None
-    rows = [[s["step"], f"{s['samples'][0]} to {s['samples'][1] - 1}", s["reason"], ", ".join(s["culprits"])] for s in steps]
+    rows = [
+        [s["step"], f"{s['samples'][0]} to {s['samples'][1] - 1}", s["reason"], ", ".join(s["culprits"])] for s in steps
+    ]
     said = f"{number(len(steps))} steps changed no weight."
     if back:
         first, end = back["samples"]

@@ -49,7 +49,9 @@ def together(runs: Sequence[RunFiles]) -> list[Shown]:
 def facts(runs: Sequence[Shown], rows: Sequence[tuple[str, Callable[[RunFiles], object]]]) -> Html:
     """A table with a row for each fact that some run has, and a column for each run."""
     found = [(name, [of(run.files) for run in runs]) for name, of in rows]
-    body = [[tag("code", name) if "." in name else name, *values] for name, values in found if any(map(_is_said, values))]
+    body = [
+        [tag("code", name) if "." in name else name, *values] for name, values in found if any(map(_is_said, values))
+    ]
     return table(["", *(run.swatch for run in runs)], body, words=1 + len(runs))
 
 

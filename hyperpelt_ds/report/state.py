@@ -113,7 +113,9 @@ def _running(run: RunFiles, ago: str) -> State:
 
 
 def _after(run: RunFiles) -> str:
-    return f"python launch/{'evaluate' if run.results is None else 'report'}.py --run_dir {shlex.quote(str(run.folder))}"
+    return (
+        f"python launch/{'evaluate' if run.results is None else 'report'}.py --run_dir {shlex.quote(str(run.folder))}"
+    )
 
 
 def _look(run: RunFiles) -> str:

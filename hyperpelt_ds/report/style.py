@@ -42,18 +42,22 @@ nav .runs { margin-left: auto; display: flex; flex-wrap: wrap; gap: 0 1rem; }
 .tone3 { color: var(--tone3); } .tone4 { color: var(--tone4); } .tone5 { color: var(--tone5); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem;
   margin-top: 1.25rem; align-items: start; }
-.card { border: 1px solid var(--rule); background: var(--raised); border-radius: 8px; padding: .8rem 1rem; min-width: 0; }
+.card { border: 1px solid var(--rule); background: var(--raised); border-radius: 8px; padding: .8rem 1rem;
+  min-width: 0; }
 .card h3 { margin: 0 0 .4rem; font-size: 1rem; overflow-wrap: anywhere; }
 .card dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .5rem 0; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .card dd code { display: block; max-height: 6.2em; overflow: auto; }
-.scores td:first-child:empty ~ td { padding-top: 0; } .scores tr:has(+ tr > td:first-child:empty) td { border-bottom: 0; }
+.scores td:first-child:empty ~ td { padding-top: 0; }
+.scores tr:has(+ tr > td:first-child:empty) td { border-bottom: 0; }
 .state { font-weight: 650; } .state.good { color: var(--good); } .state.bad { color: var(--bad); }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .8rem .28rem 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--rule); }
+th, td { padding: .28rem .8rem .28rem 0; text-align: left; vertical-align: baseline;
+  border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; color: var(--soft); white-space: nowrap; }
 td { max-width: 44rem; overflow-wrap: break-word; }
+td:first-child, td:first-child code { white-space: nowrap; overflow-wrap: normal; }
 td.n, th.n { text-align: right; white-space: nowrap; padding-left: .6rem; }
 tr.first td { border-top: 1px solid var(--edge); }
 td svg { vertical-align: middle; }
@@ -78,9 +82,11 @@ line.prior { stroke: var(--ink); stroke-width: 2; } path.words { fill: none; str
 .maps { display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem; }
 .matrix { border-collapse: separate; border-spacing: 2px; }
 .matrix th { border: 0; padding: .1rem .5rem .1rem 0; font-weight: 500; text-align: right; }
+.matrix th[scope=row] { position: sticky; left: 0; background: var(--ground); }
 .matrix thead th { padding: 0 0 .3rem; text-align: center; vertical-align: bottom; }
 .matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
-.matrix td { border: 0; border-radius: 3px; padding: .35rem .4rem; min-width: 3.4rem; text-align: center; color: var(--ink); }
+.matrix td { border: 0; border-radius: 3px; padding: .35rem .4rem; min-width: 3.4rem; text-align: center;
+  color: var(--ink); }
 td.above { background: rgb(var(--above) / var(--share)); } td.below { background: rgb(var(--below) / var(--share)); }
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
 .example { border: 1px solid var(--rule); border-radius: 8px; background: var(--raised); padding: .7rem .9rem;
@@ -92,6 +98,7 @@ td.above { background: rgb(var(--above) / var(--share)); } td.below { background
 .wrong::before { content: "✗ "; color: var(--bad); font-weight: 700; }
 footer { padding-top: 2.5rem; padding-bottom: 2.5rem; }
 @media (max-width: 34rem) { body { font-size: 14px; } nav .runs { margin-left: 0; } header, main, footer, nav > div {
-  padding-left: .9rem; padding-right: .9rem; } .card dl { gap: .15rem .7rem; } }
+  padding-left: .9rem; padding-right: .9rem; } .card dl { gap: .15rem .7rem; }
+  .matrix td { min-width: 2.8rem; padding: .3rem .2rem; } }
 @media print { nav { position: static; } .card, figure, .example { break-inside: avoid; } }
 """
