@@ -39,7 +39,15 @@ def write_run(folder: Path, config: configuration.Config, shift: float = 0.0) ->
     configuration.save(config.override(["train.steps=60", f"data.tasks={','.join(TASKS)}"]), folder / "config.json")
     for step, loss in LOSSES.items():
         losses = {"train/loss": loss + shift, "train/easy_vqa/loss": 2 * loss + shift}
-        writer.write(step, {**losses, "train/learning_rate": 1e-3 * (1 - step / 60), "data/holes": 0})
+        writer.write(
+            step,
+            {
+                **losses,
+                "train/learning_rate": 1e-3 * (1 - step / 60),
+                "data/holes": 0,
+                "data/wait_fraction": loss / 456,
+            },
+        )
         if step in SCORES:
             writer.write(step, {"eval/easy_vqa/exact_match": SCORES[step], "eval/mean": SCORES[step]})
     writer.close()
@@ -288,6 +296,13 @@ def test_remaining_time_is_that_of_the_newest_pace(tmp_path, config):
 ])  # fmt: skip
 def test_numbers_have_the_digits_that_matter(value, text):
     assert html.number(value) == text
+
+
+@pytest.mark.parametrize("value, text", [
+    (0.12345, "0.123"), (0.00989, "9.9e−3"), (0, "0"), (9000, "9,000"), (12345, "12.3k"), (1_250_000, "1.25M"), (-3e9, "−3G"),
+])  # fmt: skip
+def test_short_numbers_fit_beside_an_axis(value, text):
+    assert html.short(value) == text
 
 
 @pytest.mark.parametrize("seconds, text", [(5, "5 s"), (65, "1 min 5 s"), (3600, "1 h"), (93600, "1 d 2 h")])

@@ -11,14 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hyperpelt_ds.report.html import Html, folded, join, number, table, tag
+from hyperpelt_ds.report.html import Html, folded, join, number, short, table, tag
 
 Point = tuple[float, float]
 TONES = 6
 """Colours there are; a seventh line takes the first one, dashed."""
 
 _WIDTH, _HEIGHT = 400, 216
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 68, 10, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 68, 10, 36
 _DRAWN = 160
 """At most about so many points of a line are drawn."""
 _TICKS = 4
@@ -68,7 +68,7 @@ def curves(title: str, unit: str, lines: Sequence[Line], bounds: Point | None = 
     for line, points, mean, value, place in zip(lines, drawn, main, last, _spread([up(v) for v in last]), strict=True):
         if points:
             parts.append(_line(line, points, mean, across, up))
-            text = f"{line.mark} {number(value, 3)}".strip()
+            text = f"{line.mark} {short(value)}".strip()
             parts.append(_text(_WIDTH - _RIGHT + 7, place + 4, text, f"end tone{line.tone % TONES}"))
     for line, points in zip(lines, drawn, strict=True):
         parts.append(_targets(line, points, across, up))
@@ -195,8 +195,8 @@ def _grid(across: _Axis, up: _Axis, unit: str) -> Html:
     parts = [_text(_LEFT, _HEIGHT - 4, unit, "axis start"), _text(_WIDTH - _RIGHT, _HEIGHT - 4, "step", "axis far")]
     for at in up.ticks(_TICKS):
         parts.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=up(at), y2=up(at), class_="rule"))
-        parts.append(_text(_LEFT - 6, up(at) + 4, number(at), "axis far"))
-    parts += [_text(across(at), _HEIGHT - _BOTTOM + 15, number(at), "axis") for at in across.ticks(5) if at == int(at)]
+        parts.append(_text(_LEFT - 6, up(at) + 4, short(at), "axis far"))
+    parts += [_text(across(at), _HEIGHT - _BOTTOM + 15, short(at), "axis") for at in across.ticks(5) if at == int(at)]
     return join(parts)
 
 

@@ -64,15 +64,18 @@ def number(value: object, digits: int = 4) -> str:
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}".replace("-", "−")
     size = abs(value)
-    if 1e-3 <= size < 1e6:
-        places = max(0, digits - 1 - math.floor(math.log10(size)))
-        text = f"{value:,.{min(places, 5)}f}"
-        text = text.rstrip("0").rstrip(".") if "." in text else text
-    else:
-        mantissa, _, power = f"{value:.{max(0, digits - 2)}e}".partition("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        text = f"{mantissa}e{int(power)}"
-    return text.replace("-", "−")
+    if not 1e-3 <= size < 1e6:
+        return _powered(value, digits)
+    places = max(0, digits - 1 - math.floor(math.log10(size)))
+    return _bare(f"{value:,.{min(places, 5)}f}")
+
+
+def short(value: float) -> str:
+    """A number where there is little room: three digits, thousands as k, M or G."""
+    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if least <= abs(value) < 1e12:
+            return number(value / unit, 3) + letter
+    return _powered(value, 3) if 0 < abs(value) < 1e-2 else number(value, 3)
 
 
 def score(value: float | None) -> str:
@@ -94,6 +97,16 @@ def moment(seconds: float) -> str:
     """A time of day in this machine's zone."""
     zone = time.strftime("%Z", time.localtime(seconds))
     return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M} {zone}"
+
+
+def _powered(value: float, digits: int) -> str:
+    mantissa, _, power = f"{value:.{max(0, digits - 2)}e}".partition("e")
+    return f"{_bare(mantissa)}e{int(power)}".replace("-", "−")
+
+
+def _bare(text: str) -> str:
+    """Decimals without zeros at their end, and a minus as long as a plus."""
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
 
 
 def _plain(value: object) -> str:

@@ -166,4 +166,4 @@ def _picture(folder: Path, answer: Mapping[str, Any]) -> Html | None:
     shown.thumbnail((_THUMBNAIL, _THUMBNAIL))
     shown.save(small, "WEBP", quality=80)
     text = base64.b64encode(small.getvalue()).decode()
-    return tag("img", src=f"data:image/webp;base64,{text}", alt=f"picture {answer['image']}", loading="lazy")
+    return tag("img", src=f"data:image/webp;base64,{text}", alt=f"picture {answer['image']}")

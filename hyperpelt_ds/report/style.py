@@ -35,7 +35,7 @@ nav > div { max-width: 1240px; margin: 0 auto; padding: .5rem 1.25rem; display: 
 nav a { text-decoration: none; color: var(--soft); }
 nav a:hover { color: var(--ink); text-decoration: underline; }
 nav .runs { margin-left: auto; display: flex; flex-wrap: wrap; gap: 0 1rem; }
-.mark { font-weight: 650; white-space: nowrap; }
+.mark { font-weight: 650; overflow-wrap: anywhere; }
 .mark::before { content: ""; display: inline-block; width: .75em; height: .75em; border-radius: 2px;
   margin-right: .4em; background: currentColor; }
 .tone0 { color: var(--tone0); } .tone1 { color: var(--tone1); } .tone2 { color: var(--tone2); }
@@ -78,7 +78,7 @@ svg text.end { text-anchor: start; fill: currentColor; font-weight: 600; }
 .target { fill: currentColor; opacity: 0; } .target:hover { opacity: .45; }
 .score circle { fill: currentColor; } .whisker { stroke: currentColor; stroke-width: 2; }
 line.prior { stroke: var(--ink); stroke-width: 2; } path.words { fill: none; stroke: var(--ink); stroke-width: 1.5; }
-.key svg { vertical-align: -3px; margin-right: .2em; } .key span { margin-right: 1.2em; white-space: nowrap; }
+.key svg { vertical-align: -3px; margin-right: .2em; } .key span { margin-right: 1.2em; display: inline-block; }
 .maps { display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem; }
 .matrix { border-collapse: separate; border-spacing: 2px; }
 .matrix th { border: 0; padding: .1rem .5rem .1rem 0; font-weight: 500; text-align: right; }
