@@ -299,7 +299,8 @@ def test_numbers_have_the_digits_that_matter(value, text):
 
 
 @pytest.mark.parametrize("value, text", [
-    (0.12345, "0.123"), (0.00989, "9.9e−3"), (0, "0"), (9000, "9,000"), (12345, "12.3k"), (1_250_000, "1.25M"), (-3e9, "−3G"),
+    (0.12345, "0.123"), (0.00989, "9.9e−3"), (0, "0"), (9000, "9,000"), (12345, "12.3k"), (1_250_000, "1.25M"),
+    (-3e9, "−3G"),
 ])  # fmt: skip
 def test_short_numbers_fit_beside_an_axis(value, text):
     assert html.short(value) == text
