@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, browser
+from chromium import CHROMIUM, browser
 from conftest import ROOT
 from PIL import Image
 

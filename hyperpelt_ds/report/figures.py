@@ -61,14 +61,17 @@ def _chart(runs: Sequence[Shown], name: str) -> Html:
     lines = [Line(run.label, run.mark, run.tone, points) for run in runs if (points := run.files.series(name))]
     last = name.rpartition("/")[2]
     bounds = (0.0, 1.0) if _group(name) == "Validation" else None
-    return curves(name, _UNITS.get(last, "score" if bounds else ""), lines, bounds, last.endswith(_NOISY))
+    noisy = last.endswith(_NOISY) or name.startswith("gradient_")
+    return curves(name, _UNITS.get(last, "score" if bounds else ""), lines, bounds, noisy)
 
 
 def _group(name: str) -> str:
     first, _, rest = name.partition("/")
     if first == "train":
         return "Loss" if rest.endswith("loss") else "Optimizer"
-    return {"eval": "Validation", "perf": "Speed and data", "data": "Speed and data"}.get(first, first.capitalize())
+    return {"eval": "Validation", "perf": "Speed and data", "data": "Speed and data"}.get(
+        first, first.replace("_", " ").capitalize()
+    )
 
 
 def _constant(runs: Sequence[Shown], name: str) -> float | None:

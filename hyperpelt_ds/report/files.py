@@ -55,7 +55,7 @@ class RunFiles:
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of every line that has the figure."""
-        return [(line["step"], line[name]) for line in self.lines if name in line]
+        return [(line["step"], line[name]) for line in self.lines if line.get(name) is not None]
 
     def last(self, name: str) -> float | None:
         """The newest value of a figure."""
