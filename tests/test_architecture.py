@@ -27,6 +27,7 @@ RANKS = {
     "counts": 4,
     "train": 4,
     "study": 5,
+    "report": 5,
     "launch": 6,
     "data_prep": 6,
 }
@@ -43,6 +44,7 @@ ONLY_IN = {
     "fire": ("launch/", "data_prep/"),
     "tensorboard": ("hyperpelt_ds/train/metrics.py",),
     "torch.utils.tensorboard": ("hyperpelt_ds/train/metrics.py",),
+    "PIL": ("hyperpelt_ds/vision/", "hyperpelt_ds/report/observed.py", "data_prep/"),
     "peft": ("launch/bench_step.py", "launch/kernel_peers.py"),
     "adapters": ("launch/bench_adapters.py",),
     "sklearn": ("hyperpelt_ds/tasks/metrics.py",),

@@ -36,6 +36,16 @@ def record_process(run_dir: Path, rank: int) -> None:
     (folder / f"rank_{rank}.json").write_text(json.dumps(process) + "\n")
 
 
+def running_here(run_dir: Path) -> list[int]:
+    """The recorded processes of this machine that are still running, by number."""
+    found = []
+    for file in sorted((run_dir / PROCESSES).glob("rank_*.json")):
+        process = json.loads(file.read_text())
+        if process["host"] == socket.gethostname() and _start(process["pid"]) == process["start"]:
+            found.append(process["pid"])
+    return found
+
+
 class Supervisor:
     """Runs `command`, which trains in `run_dir`."""
 
@@ -92,7 +102,7 @@ class Supervisor:
 
     def _ask(self, child: subprocess.Popen[bytes]) -> None:
         """A signal to one rank stops all, and lets the launcher see them end; before there is one, all are to go."""
-        ranks = self._ranks()
+        ranks = running_here(self.run_dir)
         if ranks:
             self.say(f"asking the run to stop (process {ranks[0]})")
             os.kill(ranks[0], signal.SIGTERM)
@@ -102,21 +112,12 @@ class Supervisor:
     def _clear(self, child: subprocess.Popen[bytes]) -> None:
         """Ends what is left of a cycle on this machine. The child is not yet reaped, so that its group is still its."""
         end = time.monotonic() + (self.grace if _ended(child) else 0.0)
-        while self._ranks() and time.monotonic() < end:
+        while running_here(self.run_dir) and time.monotonic() < end:
             time.sleep(0.2)
-        for process in self._ranks():
+        for process in running_here(self.run_dir):
             self.say(f"ending process {process}, which is left")
             os.kill(process, signal.SIGKILL)
         os.killpg(child.pid, signal.SIGKILL)
-
-    def _ranks(self) -> list[int]:
-        """The recorded processes of this machine that are still running."""
-        found = []
-        for file in sorted((self.run_dir / PROCESSES).glob("rank_*.json")):
-            process = json.loads(file.read_text())
-            if process["host"] == socket.gethostname() and _start(process["pid"]) == process["start"]:
-                found.append(process["pid"])
-        return found
 
     def _saved(self) -> int:
         """The step of the newest checkpoint, -1 if there is none."""
