@@ -23,6 +23,7 @@ COMMANDS = (
     "estimate",
     "bench_step",
     "bench_kernels",
+    "bench_looks",
     "study",
 )
 

@@ -78,6 +78,7 @@ def _train(config: Config, ds_config: Path, folder: Path, watchdog: Watchdog) ->
         _stream(manifest, config, model, saved),
         Saver(folder, config, backbone),
         watchdog,
+        wrapped.monitor,
     )
     agreement.check_shared(folder)
     supervision.record_process(folder, dist.rank())
