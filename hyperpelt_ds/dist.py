@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -67,6 +68,12 @@ def one_after_another(make: Callable[[], T]) -> T:
         if faults:
             raise ValueError(faults[0])
     return made[0]
+
+
+def sum_to_first(tensor: Tensor) -> None:
+    """Leaves in rank 0's `tensor` the sum over all ranks, whose tensors are of one shape; the others' are spoilt."""
+    if torch_dist.is_initialized():
+        torch_dist.reduce(tensor, dst=0)
 
 
 def host_sum(values: Sequence[int]) -> list[int]:

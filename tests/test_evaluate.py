@@ -203,14 +203,16 @@ def test_validation_scores_what_it_answers_and_says_what_it_leaves_out(run_dir):
     run = load(run_dir)
     manifest = Manifest.load(run.config.data.manifest)
     with pytest.warns(UserWarning, match="not scored, without samples of split 'validation': glue_rte"):
-        scores = evaluate.validate(run.model, manifest, run.config, "validation", 0)
+        scores, answered = evaluate.validate(run.model, manifest, run.config, "validation", 0)
     assert list(scores) == [task for task in TASKS if task != "glue_rte"]
     assert all(tuple(table) == tasks.get(name).metrics for name, table in scores.items())
     samples, _ = split_samples(manifest, "vqa_v2", "validation")
     texts = answers(samples, asker(run, Reader(manifest)), 100)
+    found = {sample.key: text for sample, text in answered if sample.task == "vqa_v2"}
+    assert found == {sample.key: text for sample, text in zip(samples, texts, strict=True)}
     assert scores["vqa_v2"] == pytest.approx(metrics.score(tasks.get("vqa_v2"), texts, samples))
     with warnings.catch_warnings(action="error", category=UserWarning):
-        assert len(evaluate.validate(run.model, manifest, run.config, "test", 3)) == len(TASKS)
+        assert len(evaluate.validate(run.model, manifest, run.config, "test", 3).scores) == len(TASKS)
     with pytest.raises(ValueError, match=r"no task of the run has samples of split 'dev' in .*manifest\.json"):
         evaluate.validate(run.model, manifest, run.config, "dev", 0)
 
@@ -383,7 +385,7 @@ def test_validation_leaves_out_a_task_of_which_nothing_can_be_used(run_dir, copi
     run = load(run_dir)
     _hurt(copied, "vqa_v2", "validation")
     with pytest.warns(UserWarning, match="no sample of split 'validation' can be used: vqa_v2$"):
-        scores = evaluate.validate(run.model, Manifest.load(copied), run.config, "validation", 0)
+        scores = evaluate.validate(run.model, Manifest.load(copied), run.config, "validation", 0).scores
     assert list(scores) == ["movie_sentiment", "easy_vqa", "coco_caption"]
     for task in scores:
         _hurt(copied, task, "validation")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
+from google.protobuf import text_format
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from hyperpelt_ds.contracts import Batch, Sample
-from hyperpelt_ds.train.metrics import Window, Writer
+from hyperpelt_ds.train.metrics import OBSERVATIONS, SAMPLES, Window, Writer
 
 
 def batch(tasks: list[int], lengths: list[int], targets: list[int], weights: list[float]) -> Batch:
@@ -116,3 +121,44 @@ def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 20.0)]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_what_is_shown_comes_back_from_the_event_file(tmp_path):
+    writer = Writer(tmp_path, 0)
+    numbers, image = np.array([0.0, 1.0, 1.0, 5.0]), np.full((4, 6, 3), 200, np.uint8)
+    writer.show(3, histograms={"h": numbers}, images={"i": image}, texts={"t": "some *words*"})
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    [histogram], [shown], [text] = board.Histograms("h"), board.Images("i"), board.Tensors("t/text_summary")
+    assert (histogram.step, histogram.histogram_value.num, histogram.histogram_value.max) == (3, 4, 5)
+    read = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
+    assert shown.step == 3 and np.array_equal(read, image)
+    assert text.tensor_proto.string_val[0] == b"some *words*"
+
+
+def test_the_projector_gets_every_point_with_its_labels_and_only_the_newest(tmp_path):
+    writer = Writer(tmp_path, 0)
+    for factor in (1.0, 2.0):
+        writer.project("tasks", ("task",), [("a",), ("b",)], factor * np.array([[1.0, 2.0], [3.0, 4.0]]))
+    writer.project("sites", ("task", "layer"), [("a", "0")], np.array([[0.5]]))
+    writer.close()
+    config = ProjectorConfig()
+    text_format.Parse((tmp_path / "tensorboard" / "projector_config.pbtxt").read_text(), config)
+    assert [embedding.tensor_name for embedding in config.embeddings] == ["sites", "tasks"]
+    sites, tasks = ([(tmp_path / "tensorboard" / path).read_text() for path in (e.tensor_path, e.metadata_path)]
+                    for e in config.embeddings)  # fmt: skip
+    assert tasks == ["2\t4\n6\t8\n", "a\nb\n"]
+    assert sites == ["0.5\n", "task\tlayer\na\t0\n"]
+
+
+def test_a_monitor_gets_the_same_scalars_and_other_lines_are_dropped_like_those_of_metrics(tmp_path):
+    got = []
+    writer = Writer(tmp_path, 0, lambda step, values: got.append((step, dict(values))))
+    writer.write(5, {"train/loss": 1.5})
+    for name in (OBSERVATIONS, SAMPLES):
+        writer.append(name, [{"step": 5, "said": "café"}, {"step": 6, "said": "b"}])
+    writer.close()
+    assert got == [(5, {"train/loss": 1.5})]
+    Writer(tmp_path, 5).close()
+    for name in (OBSERVATIONS, SAMPLES):
+        assert (tmp_path / name).read_text() == '{"step": 5, "said": "café"}\n'

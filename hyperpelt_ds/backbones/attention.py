@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from hyperpelt_ds.backbones.slot import Slot
-from hyperpelt_ds.kernels.prefix_attention import prefix_attention, score_bias
+from hyperpelt_ds.kernels.prefix_attention import prefix_attention, prefix_share, score_bias
 
 NAME = "hyperpelt"
 
@@ -44,6 +44,8 @@ def _attention(
     cells = slot.tokens.values.shape[1] if sees_images and slot.tokens is not None else 0
     prefixes = slot.prefixes(place, query.shape[0], query.shape[2]) if place is not None else []
     bias = _added(slot, attention_mask, position_bias, cells, query.dtype)
+    if prefixes and slot.shares is not None:
+        slot.shares[cast(int, place)] = prefix_share(query, key, prefixes, bias, scale)
     if prefixes and query.shape[2] == 1 and not torch.is_grad_enabled():
         key, value, columns, prefixes = slot.joined(cast(int, place), key, value, prefixes)
         if columns and bias is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -169,7 +170,19 @@ class Backbone:
                 output = self.model(**inputs, use_cache=False)
         finally:
             self._places = None
+        if self.slot.shares is not None:
+            self._average(self.slot.shares, inputs["attention_mask"] != 0, labels >= 0)
         return cast(Tensor, output.logits)
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[int, Tensor]]:
+        """Within, a forward pass leaves here by prefix site what share of attention its prefixes got: for each sample
+        (B,) the mean over heads and real queries."""
+        self.slot.shares = {}
+        try:
+            yield self.slot.shares
+        finally:
+            self.slot.shares = None
 
     @torch.no_grad()
     def generate(
@@ -266,6 +279,13 @@ class Backbone:
         """Spares the projection to the vocabulary for what predicts nothing: about half of all places where targets
         are short, and the sources of models without an encoder."""
         return None if self._places is None else (args[0].flatten(0, 1)[self._places],)
+
+    def _average(self, shares: dict[int, Tensor], sources: Tensor, targets: Tensor) -> None:
+        """Shares of tokens (B, T) become those of samples (B,); `sources` and `targets` say which tokens are real."""
+        for place, share in shares.items():
+            in_source = self.one_sequence or self.geometry.prefix_sites[place].block.in_encoder
+            real = (sources if in_source else targets).float()
+            shares[place] = (share * real).sum(1) / real.sum(1).clamp(min=1)
 
     def _set_norms(self, values: Tensor | None) -> None:
         if not self._norms:

@@ -35,6 +35,8 @@ class Slot:
     """The branches of the current forward pass, site by site, and its images' tokens."""
 
     def __init__(self) -> None:
+        self.shares: dict[int, Tensor] | None = None
+        """By prefix site, what part of attention its prefixes got (B, T), if someone wants to know."""
         self.set((), None)
 
     def set(

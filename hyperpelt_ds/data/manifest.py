@@ -6,6 +6,10 @@
     features/features-000000.tar      one `image.npy` (V, F) float16 an image, stored once however many samples use it
     features/lookup-<sha256>.idx      in which feature shard each image lies; a name of its own for each content
 
+Not listed, and for people only:
+
+    pictures/<image>.png (or .jpg)    what some of the images look like, to be shown beside answers
+
 This file must not know what a sample means, nor in which order samples are trained on.
 """
 
@@ -28,7 +32,7 @@ from hyperpelt_ds.data.lookup import Lookup
 from hyperpelt_ds.tasks import adopt_all
 
 MANIFEST = "manifest.json"
-FEATURES = "features"
+FEATURES, PICTURES = "features", "pictures"
 
 log = logging.getLogger(__name__)
 

@@ -68,7 +68,7 @@ class Order:
     ) -> None:
         if set(sizes) != set(probabilities):
             raise ValueError(f"probabilities name {sorted(probabilities)}, the tasks are {sorted(sizes)}")
-        self.seed, self.lanes = seed, lanes
+        self.seed, self.lanes, self.probabilities = seed, lanes, dict(probabilities)
         self._lines = {task: _Line(task, tuple(sizes[task]), seed, lanes) for task in sorted(sizes)}
         shares = [max(1, round(probabilities[task] * 2**31)) for task in self._lines]
         self._edges = np.cumsum(np.array(shares, dtype=np.uint64))

@@ -18,8 +18,9 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +39,7 @@ from hyperpelt_ds.train.partitions import Snapshot
 
 # What a run may say to DeepSpeed. DeepSpeed ignores a top-level key that it does not know, so a misspelt section would
 # silently train something else. Left out on purpose: optimizer and scheduler (the recipe's), amp, elasticity, data
-# efficiency (they assume its own data loader), monitors (train/metrics.py writes), checkpoint (train/checkpoint.py).
+# efficiency (they assume its own data loader), checkpoint (train/checkpoint.py).
 _SECTIONS = [
     "zero_optimization",
     "bf16",
@@ -57,6 +58,10 @@ _SECTIONS = [
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 ]
+
+_MONITORS = ["csv_monitor", "wandb", "comet", "tensorboard"]
+_PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
+"""Of the sections that need one besides DeepSpeed's own."""
 
 _PRECISION = ["bf16", "fp16", "torch_autocast", "data_types"]
 
@@ -104,7 +109,8 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON at `path` with every "auto" filled from the recipe.
 
     Raises ValueError for a missing or broken file, an unknown section, a section that the recipe owns, the same fact
-    given in both places with different values, full fine-tuning at ZeRO stage 3, and offload to NVMe.
+    given in both places with different values, full fine-tuning at ZeRO stage 3, offload to NVMe, and a monitor without
+    its package.
     """
     tree = _read(Path(path))
     train = config.train
@@ -119,8 +125,8 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
     for key in tree:
         if key in ("optimizer", "scheduler"):
             raise ValueError(f"{path}: section {key!r} is not allowed here, the recipe owns it (train.* of the config)")
-        if key not in recipe and key not in _SECTIONS:
-            near = difflib.get_close_matches(key, [*recipe, *_SECTIONS], 3, 0.4) or _SECTIONS
+        if key not in recipe and key not in _SECTIONS + _MONITORS:
+            near = difflib.get_close_matches(key, [*recipe, *_SECTIONS, *_MONITORS], 3, 0.4) or _SECTIONS
             raise ValueError(f"{path}: unknown key {key!r}; did you mean {', '.join(near)}?")
     for key, (value, owner) in recipe.items():
         given = tree.get(key, "auto")
@@ -155,6 +161,9 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: zero_optimization.{offload}.device is 'nvme', which no checkpoint holds; use 'cpu'"
             )
+    for section, package in _PACKAGES.items():
+        if tree.get(section, {}).get("enabled") and find_spec(package) is None:
+            raise ValueError(f"{path}: section {section!r} is enabled and needs the package {package}")
     for name in _autos(tree):
         raise ValueError(f'{path}: {name} is "auto", but the recipe has no value for it; give one')
     return {**_DEFAULTS, **tree}
@@ -184,11 +193,17 @@ def learning_rate_factor(train: TrainConfig) -> Callable[[int], float]:
     return factor
 
 
+Monitor = Callable[[int, Mapping[str, float]], None]
+"""Takes the scalars of a step, on rank 0."""
+
+
 class Engine:
     """The trainables under DeepSpeed. All methods are called by every rank together."""
 
-    def __init__(self, engine: Any, precision: dict[str, Any]):
+    def __init__(self, engine: Any, precision: dict[str, Any], monitor: Monitor | None = None):
         self._engine = engine
+        self.monitor = monitor
+        """Takes scalars to where the DeepSpeed JSON wants them; None if it names no place."""
         self.precision = precision
         """The sections of the DeepSpeed configuration that decide in which type things are computed."""
         self.model: nn.Module = engine.module
@@ -253,6 +268,11 @@ class Engine:
 
         return safe_get_full_grad(parameter)
 
+    def loss_scale(self) -> float:
+        """What losses, and so the gradients of all that is not a parameter, are multiplied by for float16's sake."""
+        own = getattr(self._engine.optimizer, "loss_scaler", None)
+        return float(self._autocast_scaler.get_scale() if self._autocast_scaler else own.loss_scale if own else 1.0)
+
     def checksums(self) -> dict[str, int]:
         """A sum over the bits of every trainable as this rank holds it, by name. Waits for the device."""
         sums = {}
@@ -301,12 +321,31 @@ def start(model: nn.Module, config: Config, ds_config_path: str | Path) -> Engin
     optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), lr=train.learning_rate)
     # The schedule must be handed over here: one that the engine does not know is not saved with it.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(train))
+    # Kept from the engine, which would write figures of its own and wait for the device in every micro-batch.
+    monitors = {key: settings.pop(key) for key in _MONITORS if key in settings}
     try:
         engine, *_ = _deepspeed().initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+        monitor = _monitor(monitors)
     except ValidationError as error:  # what DeepSpeed's own sections say of an unknown or ill-typed key
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ValueError(f"{ds_config_path}: {faults}") from None
-    return Engine(engine, {key: settings[key] for key in _PRECISION if key in settings})
+    return Engine(engine, {key: settings[key] for key in _PRECISION if key in settings}, monitor)
+
+
+def _monitor(sections: dict[str, Any]) -> Monitor | None:
+    """DeepSpeed's own writers for what `sections` enable."""
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    config = get_monitor_config(sections)
+    if not config.enabled:
+        return None
+    master = MonitorMaster(config)
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        master.write_events([(name, value, step) for name, value in values.items()])
+
+    return write
 
 
 @functools.cache

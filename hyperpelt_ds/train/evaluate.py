@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,13 @@ WORDS_SAMPLES = 30_000
 """At most so many training samples teach the bag of words."""
 
 
+class Validation(NamedTuple):
+    """scores: task -> metric -> score. answers: every sample that was scored, with what was answered."""
+
+    scores: dict[str, dict[str, float]]
+    answers: list[tuple[Sample, str]]
+
+
 def validate(
     model: HyperPELT,
     manifest: Manifest,
@@ -43,8 +50,8 @@ def validate(
     split: str,
     limit: int,
     between: Callable[[], None] = lambda: None,
-) -> dict[str, dict[str, float]]:
-    """The metrics of every trained task on at most `limit` samples of `split` (0: all): task -> metric -> score.
+) -> Validation:
+    """Scores every trained task on at most `limit` samples of `split` (0: all).
 
     Every rank calls it and gets the same result. The model must be in eval mode. `between` is called after each batch,
     equally often on every rank; what it raises ends the validation. A task without samples in the split,
@@ -76,7 +83,7 @@ def validate(
         if name in usable:
             samples, texts = zip(*(answer for answer in gathered if answer[0].task == name), strict=True)
             scores[name] = metrics.score(tasks.get(name), texts, samples)
-    return scores
+    return Validation(scores, gathered)
 
 
 def mean_score(scores: Mapping[str, Mapping[str, float]]) -> float:

@@ -88,7 +88,15 @@ def _train(ready: Ready, folder: Path, watchdog: Watchdog) -> HyperPELT:
     config, manifest, model, wrapped, backbone, decided = ready
     saved = _resume(folder, wrapped, config, backbone)
     run = steps.Run(
-        config, folder, manifest, model, wrapped, stream(ready, saved), Saver(folder, config, backbone), watchdog
+        config,
+        folder,
+        manifest,
+        model,
+        wrapped,
+        stream(ready, saved),
+        Saver(folder, config, backbone),
+        watchdog,
+        wrapped.monitor,
     )
     agreement.check_shared(folder)
     supervision.record_process(folder, dist.rank())

@@ -1,6 +1,7 @@
-"""What a run reports: figures gathered on the device, read at log steps, written to TensorBoard and metrics.jsonl.
+"""What a run reports: figures gathered on the device, read at log steps, written to TensorBoard and to lines of JSON.
 
-The only file that writes TensorBoard events. Both files get the same names. It must not know when a log step is.
+The only file that writes TensorBoard events. Scalars have the same names in TensorBoard, in metrics.jsonl and in the
+monitors that the DeepSpeed JSON asks for. It must not know when a log step is, nor what is in a look at the model.
 
     train/loss, train/<task>/loss       mean over the samples since the last log step, over all ranks, without those of
                                         skipped steps
@@ -14,6 +15,13 @@ The only file that writes TensorBoard events. Both files get the same names. It 
     data/holes                          samples that were drawn and could not be used, since the run's first step
     data/wait_fraction                  share of the time spent waiting for batches
     eval/<task>/<metric>, eval/mean     on the validation split
+
+and of a look at the model (train/observation.py; docs/monitoring.md says what each is):
+
+    gradient_norm/<group>               parts of train/gradient_norm
+    gradient_cosine/<kind>, gradient_conflict/<kind>   between tasks, of the gradients of what is generated for each
+    weights/<condition>/<block>/<kind>  norm of what is generated for one condition at one site
+    prefix_share/<block>                share of attention that prefixes get
 """
 
 from __future__ import annotations
@@ -22,19 +30,24 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from hyperpelt_ds import dist
 from hyperpelt_ds.contracts import Batch
+from hyperpelt_ds.train.engine import Monitor
 
 TENSORBOARD = "tensorboard"
 LINES = "metrics.jsonl"
+OBSERVATIONS, SAMPLES = "observations.jsonl", "samples.jsonl"
+PROJECTOR = "projector"
 
 
 class Window:
@@ -116,36 +129,90 @@ class Window:
 
 
 class Writer:
-    """Appends figures to run_dir/tensorboard and run_dir/metrics.jsonl; silent on every rank but 0.
+    """Appends to run_dir/tensorboard and to the lines of JSON in run_dir; silent on every rank but 0.
 
-    A run that goes on from `step` drops what an interrupted one wrote after it.
+    A run that goes on from `step` drops what an interrupted one wrote after it. `monitor` gets the scalars as well.
     """
 
-    def __init__(self, run_dir: Path, step: int):
+    def __init__(self, run_dir: Path, step: int, monitor: Monitor | None = None):
         self._board: SummaryWriter | None = None
-        self._lines = run_dir / LINES
+        self._folder, self._monitor = run_dir, monitor
         self.validated = 0
         """The last step whose validation was written; on rank 0."""
         if dist.rank() == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
-            drop_after(self._lines, step)
-            if self._lines.is_file():
-                lines = map(json.loads, self._lines.read_text().splitlines())
+            for name in (LINES, OBSERVATIONS, SAMPLES):
+                drop_after(run_dir / name, step)
+            if (run_dir / LINES).is_file():
+                lines = map(json.loads, (run_dir / LINES).read_text().splitlines())
                 self.validated = max((line["step"] for line in lines if "eval/mean" in line), default=0)
             self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Scalars by their names."""
         if self._board is None:
             return
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
-        with self._lines.open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self.append(LINES, [{"step": step, "time": time.time(), **values}])
+        if self._monitor is not None:
+            self._monitor(step, values)
+
+    def append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Lines for one of the run's files of lines; each has its step."""
+        if self._board is not None:
+            with (self._folder / name).open("a") as file:
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def show(
+        self,
+        step: int,
+        histograms: Mapping[str, np.ndarray] | None = None,
+        images: Mapping[str, np.ndarray] | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Numbers (any shape) as histograms, images (height, width, 3) uint8, and texts in Markdown."""
+        if self._board is None:
+            return
+        for name, numbers in (histograms or {}).items():
+            self._board.add_histogram(name, numbers, step)
+        for name, image in (images or {}).items():
+            self._board.add_image(name, image, step, dataformats="HWC")
+        for name, text in (texts or {}).items():
+            self._board.add_text(name, text, step)
+        self._board.flush()
+
+    def project(self, name: str, columns: Sequence[str], labels: Sequence[Sequence[str]], points: np.ndarray) -> None:
+        """Points (N, d) for the embedding projector, each with words under `columns`, in place of those of this name.
+
+        Written here since SummaryWriter only ever adds points, in a new folder for each step.
+        """
+        if self._board is None:
+            return
+        board = self._folder / TENSORBOARD
+        (board / PROJECTOR).mkdir(exist_ok=True)
+        (board / PROJECTOR / f"{name}.tsv").write_text(_tsv(points.tolist()))
+        header = [columns] if len(columns) > 1 else []  # the projector takes a single column's first line for a label
+        (board / PROJECTOR / f"{name}_labels.tsv").write_text(_tsv([*header, *labels]))
+        names = sorted(path.stem for path in (board / PROJECTOR).glob("*.tsv") if not path.stem.endswith("_labels"))
+        (board / "projector_config.pbtxt").write_text("".join(_PROJECTED.format(name=name) for name in names))
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+_PROJECTED = """embeddings {{
+  tensor_name: "{name}"
+  tensor_path: "projector/{name}.tsv"
+  metadata_path: "projector/{name}_labels.tsv"
+}}
+"""
+
+
+def _tsv(rows: Sequence[Sequence[object]]) -> str:
+    return "".join("\t".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row) + "\n" for row in rows)
 
 
 def drop_after(lines: Path, step: int) -> None:

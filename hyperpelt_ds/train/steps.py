@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +18,19 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import VALIDATION, Batch
 from hyperpelt_ds.data.folder import Unreachable
 from hyperpelt_ds.data.loader import TrainStream
-from hyperpelt_ds.data.manifest import Manifest
+from hyperpelt_ds.data.manifest import PICTURES, Manifest
 from hyperpelt_ds.data.plain import PlainStream
 from hyperpelt_ds.model import HyperPELT
-from hyperpelt_ds.train import checkpoint, evaluate, outcome
+from hyperpelt_ds.train import checkpoint, display, evaluate, outcome
 from hyperpelt_ds.train.agreement import GradientWatch, check_weights
 from hyperpelt_ds.train.checkpoint import Progress, Saver
 from hyperpelt_ds.train.control import BadSteps, Control, RollBack
-from hyperpelt_ds.train.engine import Engine
+from hyperpelt_ds.train.engine import Engine, Monitor
 from hyperpelt_ds.train.ledger import Ledger
-from hyperpelt_ds.train.metrics import Window, Writer
+from hyperpelt_ds.train.metrics import OBSERVATIONS, Window, Writer
+from hyperpelt_ds.train.observation import Observation, look
 from hyperpelt_ds.train.outcome import DataFault, Preempted, Stopped
+from hyperpelt_ds.train.watch import Watch
 from hyperpelt_ds.train.watchdog import EVALUATION, SAVE, Watchdog
 
 log = dist.logger(__name__)
@@ -46,6 +48,7 @@ class Run:
     stream: TrainStream | PlainStream
     saver: Saver
     watchdog: Watchdog
+    monitor: Monitor | None = None
 
 
 def take(run: Run, progress: Progress) -> None:
@@ -75,13 +78,16 @@ def take(run: Run, progress: Progress) -> None:
             steps.end(state, None if state == outcome.RUNNING else code)
 
 
-def accumulate(engine: Engine, window: Window, micro_batches: Sequence[Batch], usable: int) -> None:
+def accumulate(
+    engine: Engine, window: Window, micro_batches: Sequence[Batch], usable: int, watch: Watch | None = None
+) -> None:
     """The gradient of the mean loss over the `usable` samples of a global batch, of which these are this rank's."""
     scale = engine.accumulation * dist.world_size() / usable  # DeepSpeed divides by the micro-batches and the ranks
     for number, micro_batch in enumerate(micro_batches, 1):
         batch = micro_batch.to(dist.device())
         batch = batch._replace(loss_weights=batch.loss_weights * scale)
-        output = engine.forward(batch, last=number == len(micro_batches))
+        with watch.listening(batch) if watch else nullcontext():
+            output = engine.forward(batch, last=number == len(micro_batches))
         engine.backward(output.loss)
         window.add(batch, output.sample_losses)
 
@@ -92,7 +98,11 @@ class _Steps:
     def __init__(self, run: Run, progress: Progress, control: Control):
         train, step = run.config.train, progress.step
         self.run, self.progress, self.control, self.train = run, progress, control, train
-        self.writer = Writer(run.folder, step)
+        self.writer = Writer(run.folder, step, run.monitor)
+        self.watch: Watch | None = None
+        """Of a step that is reported, while it is taken."""
+        self.seen: Observation | None = None
+        """The last look at the model, on rank 0."""
         self.ledger = Ledger(run.folder, step, run.config.data)
         self.bad = BadSteps(run.folder, step, train.max_consecutive_skips)
         self.window = Window(run.config.data.tasks, dist.device())
@@ -118,10 +128,12 @@ class _Steps:
             run.watchdog.step(step)
             learning_rate = run.engine.learning_rate()
             micro_batches, usable = self._next(batches)
+            reports = step % train.log_every == 0 or step == train.steps
+            self.watch = Watch(run.model) if reports else None
             applied = self._take(step, micro_batches, usable)
             if step % train.check_every == 0 or step == self.clock.done + 1:
                 check_weights(run.engine, step)
-            if step % train.log_every == 0 or step == train.steps:
+            if reports:
                 self._report(learning_rate, applied)
             with self.window.paused():
                 if self._validates(step):
@@ -197,10 +209,12 @@ class _Steps:
     def _train(self, micro_batches: Sequence[Batch], usable: int) -> bool:
         """One update from the gradient over the global batch; False if it was left out, on every rank."""
         engine = self.run.engine
-        accumulate(engine, self.window, micro_batches, usable)
+        accumulate(engine, self.window, micro_batches, usable, self.watch)
         if self.gradients is not None:
             self.gradients.check(engine)
             self.gradients = None
+        if self.watch is not None:
+            self.watch.note_gradients(engine.gradient, engine.loss_scale())
         return engine.step()
 
     def _report(self, learning_rate: float, applied: bool) -> None:
@@ -215,9 +229,22 @@ class _Steps:
         values["train/skipped_steps"] = self.bad.count
         if applied:
             values["train/gradient_norm"] = self.run.engine.gradient_norm()
+            values |= self._look(values["train/gradient_norm"])
         self.writer.write(step, values)
         log.info("%s", self.clock.line(step, values, self.run.folder))
         self._say(outcome.RUNNING)
+
+    def _look(self, gradient_norm: float) -> dict[str, float]:
+        """The scalars of a look at the model, on rank 0."""
+        run, progress = self.run, self.progress
+        assert self.watch is not None
+        mixture = run.stream.order.probabilities, {task: sum(n) for task, n in progress.stream.counts.items()}
+        self.seen = look(run.model, run.config, progress.step, self.watch, gradient_norm, *mixture)
+        self.watch = None
+        if self.seen is None:
+            return {}
+        self.writer.append(OBSERVATIONS, [{"step": progress.step, "time": time.time(), **self.seen.record}])
+        return self.seen.scalars
 
     def _validates(self, step: int) -> bool:
         return step % self.train.eval_every == 0 or step == self.train.steps
@@ -235,7 +262,9 @@ class _Steps:
         run, step, best = self.run, self.progress.step, self.progress.best_score
         run.model.eval()
         limit = run.config.eval.samples_per_task
-        scores = evaluate.validate(run.model, run.manifest, run.config, VALIDATION, limit, self._between_batches)
+        scores, answers = evaluate.validate(
+            run.model, run.manifest, run.config, VALIDATION, limit, self._between_batches
+        )
         run.model.train()
         run.watchdog.enter(SAVE)
         mean = evaluate.mean_score(scores)
@@ -249,6 +278,11 @@ class _Steps:
         elif run.saver.save_best(run.engine, step, mean, scores):
             self.progress = dataclasses.replace(self.progress, best_score=mean, stale=0)
         self.writer.write(step, {**flat, "eval/mean": mean})
+        if dist.rank() == 0:
+            pictures, turn = Path(run.manifest.path).parent / PICTURES, step // self.train.eval_every
+            display.show_answers(self.writer, run.folder, pictures, step, turn, answers)
+            if self.seen is not None:
+                display.show_look(self.writer, self.seen)
         figures = "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in flat.items())
         log.info("validation at step %d: mean %.4f  %s", step, mean, figures)
 

@@ -26,6 +26,7 @@ from hyperpelt_ds.kernels.prefix_attention.records import (
     spread_of,
 )
 from hyperpelt_ds.kernels.prefix_attention.reference import reference
+from hyperpelt_ds.kernels.prefix_attention.share import prefix_share
 
 __all__ = [
     "CPU",
@@ -41,6 +42,7 @@ __all__ = [
     "join",
     "merged",
     "prefix_attention",
+    "prefix_share",
     "reference",
     "score_bias",
     "spread",

@@ -30,7 +30,7 @@ def explicit(
     parts = [spread(prefix) for prefix in prefixes]
     query = query * scale
     real = query @ key.mT
-    scores = [_scores(part, query) for part in parts]
+    scores = [scores_of(part, query) for part in parts]
     scores.append(real if bias is None else real + bias)
     shares = torch.cat(scores, -1).softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
     shares = F.dropout(shares, dropout).to(query.dtype)
@@ -41,8 +41,8 @@ def explicit(
     return output
 
 
-def _scores(part: AnyPrefix, query: Tensor) -> Tensor:
-    """(B, H, T, d) -> (B, H, T, P), of a query that is scaled."""
+def scores_of(part: AnyPrefix, query: Tensor) -> Tensor:
+    """(B, H, T, d) -> (B, H, T, P), of a query that is scaled and a prefix that is spread."""
     batch, heads, _, size = query.shape
     first = part[0].to(query.dtype)
     folded = fold(query, len(first))
