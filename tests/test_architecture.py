@@ -27,6 +27,7 @@ RANKS = {
     "counts": 4,
     "train": 4,
     "study": 5,
+    "forecast": 5,
     "launch": 6,
     "data_prep": 6,
 }
