@@ -151,16 +151,28 @@ def test_generated_weights_are_those_of_the_kernels_plan(small):
     found = look(small, 4, Mix(4, 3, 0), None, torch.float32)
     modules, hyper = small.modules, small.hypernet
     case = AdapterCase("here", 4, 1, 16, modules.bottleneck, hyper.hyper_size, sites=4, conditions=3)
-    assert found.micro_batch.generated == plan(case).costs[0].generated_bytes
+    scales = 4 * case.sites
+    assert found.micro_batch.generated == plan(case).costs[0].generated_bytes + scales
 
 
 def test_more_of_a_mix_costs_more_and_a_longer_backbone_is_no_trainable(small):
     one, three = (look(small, 4, Mix(4, tasks, 0), None, torch.float32) for tasks in (1, 3))
-    assert three.micro_batch.generated == 3 * one.micro_batch.generated
+    scales = 4 * 4
+    assert three.micro_batch.generated - scales == 3 * (one.micro_batch.generated - scales)
     half = look(small.override(["model.dtype=bfloat16"]), 4, Mix(4, 1, 0), None, torch.float32)
     assert 2 * half.frozen_bytes == one.frozen_bytes and half.trainables == one.trainables
     assert half.micro_batch.kept < one.micro_batch.kept
     assert sum(p.size for p in one.trainables) == counts.estimate(small, 4).trainable
+
+
+def test_what_is_made_again_in_backward_is_not_kept_but_computed_twice(small):
+    mix = Mix(4, 4, 0)
+    plain, again = (
+        look(small.override([f"model.activation_checkpointing={value}"]), 4, mix, None, torch.float32).micro_batch
+        for value in ("false", "true")
+    )
+    assert again.kept < plain.kept and again.backward_flops > plain.backward_flops
+    assert again.forward_flops == plain.forward_flops and again.generated == plain.generated
 
 
 @pytest.mark.parametrize("mix, said", [
@@ -197,7 +209,7 @@ def test_the_command_prints_what_is_foretold(config, monkeypatch, capsys, tmp_pa
         for key, value in fields.items() if value != dataclasses.asdict(recipes.get("demo"))[section][key]
     ]  # fmt: skip
     arguments = ["--recipe", "demo", *values, "--ds_config", str(ZERO / "zero2_cpu.json"), "--world_size", "2"]
-    arguments += ["--batch_images", "1", "--backend", "gloo"]
+    arguments += ["--tasks", "4", "--batch_images", "1", "--backend", "gloo"]
 
     def printed(*more: str) -> str:
         monkeypatch.setattr(sys, "argv", ["launch/estimate.py", *arguments, *more])

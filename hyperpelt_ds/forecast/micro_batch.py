@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hyperpelt_ds import counts
 from hyperpelt_ds.backbones.shapes import untrained
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.contracts import Batch, Sample
+from hyperpelt_ds.contracts import Batch, Sample, Unmade
 from hyperpelt_ds.model import HyperPELT
 
 
@@ -41,7 +41,8 @@ class MicroBatch:
     """Activations that the backward pass needs, and copies of frozen weights in autocast's type, where it makes them;
     generated weights left out."""
     generated: int
-    """Weights, rows and tokens made by the hypernetwork. Their gradients take as much again."""
+    """Weights, rows and tokens as the hypernetwork gives them, or the chunk of model.generation_budget_mb and what it
+    is made from. Their gradients take as much again. Keys and values that attention makes of rows are activations."""
     forward_flops: int
     backward_flops: int
 
@@ -103,14 +104,15 @@ def _run(model: HyperPELT, batch: Batch, autocast: torch.dtype | None, weights: 
     kept: dict[int, Any] = {}  # alive, or the next storage would get the address of a freed one
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        for tensor in _leaves(output.branches), _leaves(output.tokens):
-            made.update({_key(t): t.untyped_storage() for t in tensor if t.requires_grad and _key(t) not in known})
+        made.update({_key(t): t.untyped_storage() for t in _leaves(output[:1] + output[2:]) if t.requires_grad})
+        chunks.append(_in_chunks(output.branches))
 
     def keep(tensor: Tensor) -> Tensor:
         if _key(tensor) not in known:
             kept[_key(tensor)] = tensor.untyped_storage()
         return tensor
 
+    chunks: list[bool] = []
     hook = model.hypernet.register_forward_hook(note)
     with FlopCounterMode(display=False) as counter:
         with (
@@ -119,11 +121,15 @@ def _run(model: HyperPELT, batch: Batch, autocast: torch.dtype | None, weights: 
         ):
             loss = model(batch).loss
         forward = counter.get_total_flops()
-        sizes = [sum(storage.nbytes() for storage in found.values()) for found in (kept, made)]
-        both = sum(storage.nbytes() for key, storage in made.items() if key in kept)
         loss.backward()
     hook.remove()
-    return MicroBatch(sizes[0] - both, sizes[1], forward, counter.get_total_flops() - forward)
+    chunk = int((model.generation_budget or 0) * 2**20) if any(chunks) else 0
+    return MicroBatch(
+        kept=sum(storage.nbytes() for key, storage in kept.items() if key not in made),
+        generated=sum(storage.nbytes() for key, storage in made.items() if key not in known) + chunk,
+        forward_flops=forward,
+        backward_flops=counter.get_total_flops() - forward,
+    )
 
 
 def _key(tensor: Tensor) -> int:
@@ -134,6 +140,10 @@ def _leaves(part: Any) -> list[Tensor]:
     if isinstance(part, Tensor):
         return [part]
     return [leaf for item in part for leaf in _leaves(item)] if isinstance(part, tuple) else []
+
+
+def _in_chunks(part: Any) -> bool:
+    return isinstance(part, Unmade) or (isinstance(part, tuple) and any(map(_in_chunks, part)))
 
 
 def _check(config: Config, tasks: int, mix: Mix) -> None:

@@ -26,7 +26,6 @@ DEFAULTS: dict[str, Any] = {
 _NOT_COUNTED = {
     "use_multi_rank_bucket_allreduce": True,
     "zero_hpz_partition_size": 1,
-    "mics_shard_size": -1,
     "zero_quantized_weights": False,
     "zero_quantized_gradients": False,
 }

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "glue_t5_base",
         (
             *("model.backbone=google/t5-v1_1-xxl", "model.dtype=bfloat16", "train.micro_batch=8"),
-            *("modules.bottleneck=64", "hypernet.hyper_size=550", "hypernet.embedding_size=768"),
+            *("modules.bottleneck=64", "hypernet.hyper_size=551"),
         ),
     ),
 }
