@@ -56,11 +56,12 @@ SENTENCE_SIZES = {
 def untrained(where: str, dropout: float | None = None) -> Any:
     """A model with the shape of a hub id or local folder and no trained weights; build it on the meta device.
 
-    Dropout is as `load_backbone` sets it.
+    Its type is torch's default, whatever the configuration says; dropout is as `load_backbone` sets it.
 
     Raises ValueError that names the path, and the shapes that are known, where no configuration can be read.
     """
     fields = dict(SHAPES[where]) if where in SHAPES else _config("model.backbone", where, SHAPES).to_dict()
+    fields.pop("dtype", None)
     family = family_of(fields["model_type"], where)
     fields |= dict.fromkeys(family.dropout_fields, dropout) if dropout is not None else {}
     fields |= dict.fromkeys(family.no_dropout_fields, 0.0)
