@@ -92,6 +92,7 @@ def _record(job: Job, folder: Path, of_ranks: Sequence[dict[str, Any]]) -> dict[
     return {
         "name": job.name,
         "world_size": len(of_ranks),
+        "network": "nodes",
         "trainable": sum(parameter.size for parameter in trainables),
         "backbone": of_ranks[0]["backbone"],
         "sent": max(max(rank["sent"], rank["received"]) for rank in of_ranks) / STEPS,

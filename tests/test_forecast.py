@@ -227,7 +227,7 @@ def test_the_command_prints_what_is_foretold(config, monkeypatch, capsys, tmp_pa
 def test_measured_bytes_of_the_docs_are_the_records():
     records = [json.loads(line) for line in (ROOT / "docs" / "results" / "wire.jsonl").read_text().splitlines()]
     assert tables.measured(records) in (ROOT / "docs" / "scaling.md").read_text()
-    assert {record["world_size"] for record in records} == {1, 2, 4}
+    assert {2, 4} <= {record["world_size"] for record in records}
 
 
 @pytest.mark.slow

@@ -140,8 +140,8 @@ def scaling(cases: Mapping[str, tuple[str, Sequence[str]]], folder: Path, machin
 
 def measured(lines: Iterable[Mapping[str, Any]]) -> str:
     """Bytes on the wire beside their formula, from the records of tests/measure_wire.py."""
-    rows = [[line["name"], str(line["world_size"]), *_measured_cells(line)] for line in lines]
-    header = ["run", "ranks", "trainables, MB", "backbone, MB", "sent, MB a step", "formula, MB", "ratio"]
+    rows = [[line["name"], str(line["world_size"]), line["network"], *_measured_cells(line)] for line in lines]
+    header = ["run", "ranks", "network", "trainables, MB", "backbone, MB", "sent, MB a step", "formula, MB", "ratio"]
     return _markdown(header, rows)
 
 
