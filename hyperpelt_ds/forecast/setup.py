@@ -74,6 +74,8 @@ def read(path: str | Path, config: Config, world_size: int) -> Setup:
     """
     if world_size < 1:
         raise ValueError(f"--world_size must be at least 1, got {world_size}")
+    if config.model.shard_backbone:
+        raise ValueError("model.shard_backbone: what ranks then exchange of the frozen backbone is not counted here")
     tree = engine.merge(path, config, world_size)
     zero = tree.get("zero_optimization", {})
     for name, counted in _NOT_COUNTED.items():
