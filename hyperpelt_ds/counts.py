@@ -67,7 +67,7 @@ def estimate(config: Config, tasks: int = 0) -> Estimate:
         shape = untrained(config.model.backbone)
         published = _size(shape)
         shape.to(getattr(torch, config.model.dtype))
-        model = _model(config, shape, tasks)
+        model = model_of(config, shape, tasks)
         weights = _one_of_each(config, model)
         ranks = () if config.model.train_backbone else RANKS
         resident = {str(count): model.backbone.resident_bytes(count) for count in ranks}
@@ -108,7 +108,7 @@ def table(estimate: Estimate) -> str:
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in lines)
 
 
-def _model(config: Config, shape: Any, tasks: int) -> HyperPELT:
+def model_of(config: Config, shape: Any, tasks: int) -> HyperPELT:
     """The model of a run as `model.build` makes it, around a backbone without weights."""
     backbone = Backbone(shape, None, config.modules, config.model.train_backbone)
     if config.model.quantize == "int8":

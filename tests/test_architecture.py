@@ -28,6 +28,7 @@ RANKS = {
     "train": 4,
     "study": 5,
     "report": 5,
+    "forecast": 5,
     "launch": 6,
     "data_prep": 6,
 }

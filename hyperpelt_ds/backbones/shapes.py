@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig
 
-from hyperpelt_ds.backbones.base import random_model
+from hyperpelt_ds.backbones.base import family_of, random_model
 
 
 def _t5(layers: int, size: int, heads: int, head_size: int, hidden: int, gated: bool = False) -> dict[str, Any]:
@@ -53,12 +53,18 @@ SENTENCE_SIZES = {
 }
 
 
-def untrained(where: str) -> Any:
+def untrained(where: str, dropout: float | None = None) -> Any:
     """A model with the shape of a hub id or local folder and no trained weights; build it on the meta device.
+
+    Its type is torch's default, whatever the configuration says; dropout is as `load_backbone` sets it.
 
     Raises ValueError that names the path, and the shapes that are known, where no configuration can be read.
     """
     fields = dict(SHAPES[where]) if where in SHAPES else _config("model.backbone", where, SHAPES).to_dict()
+    fields.pop("dtype", None)
+    family = family_of(fields["model_type"], where)
+    fields |= dict.fromkeys(family.dropout_fields, dropout) if dropout is not None else {}
+    fields |= dict.fromkeys(family.no_dropout_fields, 0.0)
     model = random_model(fields.pop("model_type"), **fields)
     # transformers ties the two embeddings of every T5 that it makes, and unties them when it loads one of these
     if not getattr(model.config, "scale_decoder_outputs", True):

@@ -57,11 +57,12 @@ def spread_of(rows: Tensor, conditions: int) -> Spread:
     """
     if rows.device.type != "cpu":
         return Spread(rows.clamp(min=0), rows < 0)
-    low, high = (int(end) for end in torch.aminmax(rows))
+    numbers = rows.tolist()
+    low, high = min(numbers), max(numbers)
     if not -1 <= low <= high < conditions:
         raise ValueError(f"rows: allowed are -1 to {conditions - 1}, got {low} to {high}")
     each, rest = divmod(len(rows), conditions)
-    if not rest and low >= 0 and torch.equal(rows, torch.arange(conditions).repeat_interleave(each)):
+    if not rest and numbers == [condition for condition in range(conditions) for _ in range(each)]:
         return Spread(None, None)
     return Spread(rows.clamp(min=0), rows < 0 if low < 0 else None)
 

@@ -1,0 +1,193 @@
+"""What one forward and backward pass keeps, generates and computes: from the real model, on tensors without memory.
+
+The model that is looked at is the one that would be trained, so no formula can disagree with it. It runs the paths of a
+CPU; a GPU's fused kernels keep no more. This file must not know ranks or ZeRO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from hyperpelt_ds import counts
+from hyperpelt_ds.backbones.shapes import untrained
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.contracts import Batch, Sample, Unmade
+from hyperpelt_ds.model import HyperPELT
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a micro-batch is made of: so many different tasks, and images, 0 for none. Sources and targets are as long
+    as the recipe allows, so that nothing is padding."""
+
+    samples: int
+    tasks: int
+    images: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Bytes of a micro-batch between forward and backward, and the FLOPs of matrix products and attention."""
+
+    kept: int
+    """Activations that the backward pass needs, and copies of frozen weights in autocast's type, where it makes them;
+    generated weights left out."""
+    generated: int
+    """Weights, rows and tokens as the hypernetwork gives them, or the chunk of model.generation_budget_mb and what it
+    is made from. Their gradients take as much again. Keys and values that attention makes of rows are activations."""
+    forward_flops: int
+    backward_flops: int
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trainable: how many numbers, and the class of the module it belongs to."""
+
+    size: int
+    owner: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of a configuration's model."""
+
+    trainables: tuple[Parameter, ...]
+    frozen_bytes: int
+    micro_batch: MicroBatch
+
+
+def look(config: Config, tasks: int, mix: Mix, autocast: torch.dtype | None, weights: torch.dtype) -> Look:
+    """Runs a micro-batch of `mix` through the model of `config` with so many tasks, trainables in type `weights`.
+
+    Nothing is downloaded or held in memory. Raises ValueError for a mix that cannot be, and as `counts.estimate` does.
+    """
+    _check(config, tasks, mix)
+    rows = _rows(config, mix)  # the host looks at these, so they are real
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with _default(getattr(torch, config.model.dtype)):
+            shape = untrained(config.model.backbone, config.model.dropout)
+        with _default(weights):
+            model = counts.model_of(config, shape, tasks)
+        if config.model.activation_checkpointing:
+            shape.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        backbone = model.backbone.model
+        own = {id(parameter) for parameter in model.parameters()}
+        frozen = [p for p in (*backbone.parameters(), model.backbone.initial_norms) if id(p) not in own]
+        return Look(
+            tuple(_trainables(model)),
+            sum(tensor.nbytes for tensor in frozen),
+            _run(model, _batch(config, mix, *rows), autocast, [*frozen, *model.parameters()]),
+        )
+
+
+def _trainables(model: nn.Module) -> Iterator[Parameter]:
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield Parameter(parameter.numel(), type(module).__name__)
+
+
+def _run(model: HyperPELT, batch: Batch, autocast: torch.dtype | None, weights: list[Any]) -> MicroBatch:
+    known = {tensor.untyped_storage()._cdata for tensor in weights}
+    made: dict[int, Any] = {}
+    kept: dict[int, Any] = {}  # alive, or the next storage would get the address of a freed one
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        made.update({_key(t): t.untyped_storage() for t in _leaves(output[:1] + output[2:]) if t.requires_grad})
+        chunks.append(_in_chunks(output.branches))
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _key(tensor) not in known:
+            kept[_key(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    chunks: list[bool] = []
+    hook = model.hypernet.register_forward_hook(note)
+    with FlopCounterMode(display=False) as counter:
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", autocast, enabled=autocast is not None),
+        ):
+            loss = model(batch).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    hook.remove()
+    chunk = int((model.generation_budget or 0) * 2**20) if any(chunks) else 0
+    return MicroBatch(
+        kept=sum(storage.nbytes() for key, storage in kept.items() if key not in made),
+        generated=sum(storage.nbytes() for key, storage in made.items() if key not in known) + chunk,
+        forward_flops=forward,
+        backward_flops=counter.get_total_flops() - forward,
+    )
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _leaves(part: Any) -> list[Tensor]:
+    if isinstance(part, Tensor):
+        return [part]
+    return [leaf for item in part for leaf in _leaves(item)] if isinstance(part, tuple) else []
+
+
+def _in_chunks(part: Any) -> bool:
+    return isinstance(part, Unmade) or (isinstance(part, tuple) and any(map(_in_chunks, part)))
+
+
+def _check(config: Config, tasks: int, mix: Mix) -> None:
+    if not 1 <= mix.tasks <= min(tasks, mix.samples):
+        raise ValueError(
+            f"a micro-batch of {mix.samples} samples out of {tasks} tasks cannot have {mix.tasks} different ones"
+        )
+    if not 0 <= mix.images <= mix.samples:
+        raise ValueError(f"a micro-batch of {mix.samples} samples cannot have {mix.images} different images")
+    if mix.images and config.vision.encoder is None:
+        raise ValueError(f"{mix.images} images in a micro-batch, but vision.encoder is not set")
+
+
+def _rows(config: Config, mix: Mix) -> tuple[Tensor, Tensor | None]:
+    """Which sample has which task and image, side by side."""
+    places = torch.arange(mix.samples)
+    images = places * mix.images // mix.samples if mix.images else torch.full_like(places, -1)
+    return places * mix.tasks // mix.samples, images if config.vision.encoder else None
+
+
+def _batch(config: Config, mix: Mix, task_rows: Tensor, image_rows: Tensor | None) -> Batch:
+    data, vision, n = config.data, config.vision, mix.samples
+    ids = torch.zeros(n, data.max_source_length, dtype=torch.long)
+    labels = torch.zeros(n, data.max_target_length, dtype=torch.long)
+    image = "image" if mix.images else None
+    return Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=labels,
+        targets=torch.arange(labels.numel()),
+        tasks=torch.arange(mix.tasks),
+        task_rows=task_rows,
+        images=torch.zeros(max(mix.images, 1), vision.cells, vision.channels) if vision.encoder else None,
+        image_rows=image_rows,
+        loss_weights=torch.ones(n),
+        samples=tuple(Sample(str(number), "task", "", "", image=image) for number in range(n)),
+    )
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
