@@ -216,6 +216,9 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     keep_checkpoints: int = 2
+    """So many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """And so do those of steps that this divides; 0: none."""
     eval_every: int = 500
     patience: int = 0
     """Stop after this many validations without a better mean score; 0 never stops early."""
@@ -414,6 +417,7 @@ _NOT_NEGATIVE = (
     "train.warmup_steps",
     "train.weight_decay",
     "train.gradient_clipping",
+    "train.keep_every",
     "train.patience",
     "train.start_limit",
     "train.step_limit",

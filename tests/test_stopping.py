@@ -213,6 +213,31 @@ def test_a_run_that_diverges_goes_back_once_and_then_ends_with_66(start, config,
     assert (tmp_path / "output0").read_text().count("resuming from") == 1
 
 
+@pytest.mark.parametrize("unwritten", [1, 2])
+def test_a_run_goes_back_to_the_newest_checkpoint_that_could_be_written(run_python, config, tmp_path, unwritten):
+    """A file in the place where a checkpoint would be made is an OSError, as a full disk is."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / f"step_{unwritten:08d}.partial").touch()
+    changes = (
+        "train.learning_rate=1e30",
+        f"train.warmup_steps={unwritten - 1}",
+        "train.steps=20",
+        "train.eval_every=20",
+    )
+    where = ("--ds_config", "ds_configs/zero2_cpu.json", "--run_dir", run, "--resume")
+    changes += ("train.save_every=1", "train.max_consecutive_skips=2")
+    done = run_python("python", "launch/train.py", "--recipe", "demo", *where, *overrides(config), *changes)
+    assert done.returncode == 66, done.stdout[-3000:] + done.stderr[-3000:]
+    status = outcome.read_status(run)
+    assert (status["state"], status["code"]) == ("numerics", 66)
+    assert f"a checkpoint could not be written, 1 in a row: FileExistsError" in done.stdout
+    if unwritten == 1:
+        assert "no checkpoint to go back to" in done.stderr and not (run / "rollback.json").exists()
+    else:
+        assert "resuming from " + str(run / "step_00000001") in done.stdout and "again after going back" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_rank_asleep_is_noticed_by_all_and_started_again_until_it_is_clear_that_it_does_not_help(

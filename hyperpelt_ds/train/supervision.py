@@ -2,6 +2,7 @@
 
 It knows of the run what is on disk (STATUS.json, LATEST, the processes that the ranks recorded) and its own child.
 Nothing is ever ended by name: only the child's process group, and recorded processes that still are the same ones.
+A supervisor ends those of its own machine, and a new start on every machine those that an earlier one left there.
 Standard library only; it must not know DeepSpeed.
 """
 
@@ -25,6 +26,8 @@ _FINAL = {outcome.DataFault.code, outcome.NotFinite.code, outcome.Diverged.code}
 _REFUSED = 2
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _LONGEST_WAIT = 300.0
+_TAKE_OVER_SECONDS = 60.0
+"""A start that is taken over has so long for its step and a checkpoint."""
 
 
 def record_process(run_dir: Path, rank: int) -> None:
@@ -34,6 +37,20 @@ def record_process(run_dir: Path, rank: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     process = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start(os.getpid())}
     (folder / f"rank_{rank}.json").write_text(json.dumps(process) + "\n")
+
+
+def take_over(run_dir: Path, say: Callable[[str], None]) -> None:
+    """Ends what an earlier start of the run left on this machine: a process of it that still trains saves and leaves,
+    with all others of that start on whatever machine; one that hangs is killed. For one process a machine."""
+
+    def left() -> list[int]:
+        return [process for process in _recorded(run_dir) if process != os.getpid()]
+
+    for number, seconds in ((signal.SIGTERM, _TAKE_OVER_SECONDS), (signal.SIGKILL, 5.0)):
+        for process in left():
+            say(f"{number.name} to process {process}, which an earlier start of {run_dir} left on this machine")
+            os.kill(process, number)
+        _wait_until(lambda: not left(), seconds)
 
 
 class Supervisor:
@@ -87,12 +104,14 @@ class Supervisor:
             if got is not None and got.si_signo in _SIGNALS and not self._asked:
                 self._asked, end = True, time.monotonic() + self.grace
                 self._ask(child)
+            elif end == float("inf") and self._told() is not None:  # a launcher may wait for a lost machine for ever
+                end = time.monotonic() + self.grace
         self._clear(child)
         return self._code(child.wait())
 
     def _ask(self, child: subprocess.Popen[bytes]) -> None:
         """A signal to one rank stops all, and lets the launcher see them end; before there is one, all are to go."""
-        ranks = self._ranks()
+        ranks = _recorded(self.run_dir)
         if ranks:
             self.say(f"asking the run to stop (process {ranks[0]})")
             os.kill(ranks[0], signal.SIGTERM)
@@ -100,23 +119,17 @@ class Supervisor:
             os.killpg(child.pid, signal.SIGTERM)
 
     def _clear(self, child: subprocess.Popen[bytes]) -> None:
-        """Ends what is left of a cycle on this machine. The child is not yet reaped, so that its group is still its."""
-        end = time.monotonic() + (self.grace if _ended(child) else 0.0)
-        while self._ranks() and time.monotonic() < end:
-            time.sleep(0.2)
-        for process in self._ranks():
+        """Ends what is left of a cycle on this machine, having asked it to stop if its launcher is gone: it may still
+        train. The child is not yet reaped, so that its group is still its."""
+        if _ended(child):
+            for process in _recorded(self.run_dir):
+                self.say(f"asking process {process} to stop, which its launcher left")
+                os.kill(process, signal.SIGTERM)
+            _wait_until(lambda: not _recorded(self.run_dir), self.grace)
+        for process in _recorded(self.run_dir):
             self.say(f"ending process {process}, which is left")
             os.kill(process, signal.SIGKILL)
         os.killpg(child.pid, signal.SIGKILL)
-
-    def _ranks(self) -> list[int]:
-        """The recorded processes of this machine that are still running."""
-        found = []
-        for file in sorted((self.run_dir / PROCESSES).glob("rank_*.json")):
-            process = json.loads(file.read_text())
-            if process["host"] == socket.gethostname() and _start(process["pid"]) == process["start"]:
-                found.append(process["pid"])
-        return found
 
     def _saved(self) -> int:
         """The step of the newest checkpoint, -1 if there is none."""
@@ -125,12 +138,33 @@ class Supervisor:
 
     def _code(self, returned: int) -> int:
         """What STATUS.json says, since launchers change codes and may even turn a death into 0."""
-        status = outcome.read_status(self.run_dir)
-        if status is not None and status["code"] is not None:
-            return int(status["code"])
+        told = self._told()
+        if told is not None:
+            return told
         if self._asked:
             return outcome.Preempted.code
         return returned if returned > 0 else 1
+
+    def _told(self) -> int | None:
+        """The exit code in STATUS.json, where rank 0 says how it ended; None before."""
+        status = outcome.read_status(self.run_dir)
+        return None if status is None or status["code"] is None else int(status["code"])
+
+
+def _recorded(run_dir: Path) -> list[int]:
+    """The recorded processes of this machine that are still running."""
+    found = []
+    for file in sorted((run_dir / PROCESSES).glob("rank_*.json")):
+        process = json.loads(file.read_text())
+        if process["host"] == socket.gethostname() and _start(process["pid"]) == process["start"]:
+            found.append(process["pid"])
+    return found
+
+
+def _wait_until(true: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.2)
 
 
 def _ended(child: subprocess.Popen[bytes]) -> bool:
