@@ -231,7 +231,7 @@ def test_a_run_goes_back_to_the_newest_checkpoint_that_could_be_written(run_pyth
     assert done.returncode == 66, done.stdout[-3000:] + done.stderr[-3000:]
     status = outcome.read_status(run)
     assert (status["state"], status["code"]) == ("numerics", 66)
-    assert f"a checkpoint could not be written, 1 in a row: FileExistsError" in done.stdout
+    assert "a checkpoint could not be written, 1 in a row: FileExistsError" in done.stdout
     if unwritten == 1:
         assert "no checkpoint to go back to" in done.stderr and not (run / "rollback.json").exists()
     else:
