@@ -155,7 +155,7 @@ with Watchdog(folder, TrainConfig(start_limit=0, step_limit=0, eval_limit=0, sav
 
 @pytest.mark.parametrize("rank", ["0", None])
 def test_a_rank_whose_launcher_is_killed_is_asked_to_stop_and_a_process_of_its_own_is_not(tmp_path, rank):
-    script = LAUNCHER.replace("ENVIRONMENT", repr({"RANK": rank} if rank else {}))
+    script = LAUNCHER.replace("ENVIRONMENT", repr({"RANK": rank, "WORLD_SIZE": "2"} if rank else {}))
     command = [sys.executable, "-c", script, RANK, str(tmp_path)]
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE)
     process = int(launcher.stdout.readline())

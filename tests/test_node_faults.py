@@ -13,7 +13,7 @@ import torch
 from cluster import Cluster
 from conftest import ROOT
 from test_control import wait_for
-from test_multinode import BIN, SECONDS, cluster, losses, training, typed, world  # noqa: F401  fixtures among them
+from test_multinode import BIN, cluster, losses, training, typed, world  # noqa: F401  fixtures among them
 from test_stopping import latest
 from test_train import final_weights
 
@@ -21,9 +21,10 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.train import outcome
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow, pytest.mark.long]
-STEPS = 150
-LIMIT = 10.0
+STEPS = 80
+LIMIT = 15.0
 """Seconds of a step without progress."""
+SECONDS = 900
 
 Run = Callable[..., subprocess.Popen[str]]
 

@@ -37,7 +37,7 @@ class Watchdog:
     Otherwise: run_dir/stack_R.txt, STATUS.json (rank 0), and the process ends with exit code 70. The limits are seconds
     (train.start_limit and its siblings); 0 is none. The first step counts as starting: much is compiled in it.
 
-    A rank whose parent, its launcher, is gone gets a SIGTERM: nobody else would end it when another machine fails.
+    A rank, if there are several, whose parent, its launcher, is gone gets a SIGTERM: nobody else would end it.
     """
 
     def __init__(self, run_dir: Path, limits: TrainConfig):
@@ -50,7 +50,7 @@ class Watchdog:
         }
         self._at = START, time.monotonic()  # one object, since two threads use it
         self._number = 0
-        self._launcher = os.getppid() if "RANK" in os.environ else None  # by itself it may outlive its shell
+        self._launcher = os.getppid() if dist.world_size() > 1 else None  # one alone may outlive its shell
         self._durations: deque[float] = deque(maxlen=50)
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
