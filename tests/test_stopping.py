@@ -147,8 +147,10 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_in_any_stage_and_
     for stage in range(4):
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
         for name, settings in PRECISIONS.items():
-            if stage == 0 and name in ("bf16", "fp16"):  # all that DeepSpeed has there
-                settings = {**settings, "data_types": {"grad_accum_dtype": name}}
+            if stage == 0 and name == "fp16":
+                continue
+            if stage == 0 and name == "bf16":  # all that DeepSpeed has there
+                settings = {**settings, "data_types": {"grad_accum_dtype": "bf16"}}
             files.append(tmp_path / f"zero{stage}_{name}.json")
             files[-1].write_text(json.dumps({"zero_optimization": zero, **settings}))
         if stage >= 2:
