@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from cluster import Cluster
-from conftest import ROOT
+from conftest import BIN, ROOT
 from test_control import wait_for
-from test_multinode import BIN, cluster, losses, training, typed, world  # noqa: F401  fixtures among them
+from test_multinode import losses, training, world
 from test_stopping import latest
 from test_train import final_weights
 
@@ -36,7 +36,7 @@ def config(config: Config) -> Config:
 
 
 @pytest.fixture
-def logged(cluster: Cluster, typed: Run, tmp_path: Path) -> Run:  # noqa: F811
+def logged(cluster: Cluster, typed: Run, tmp_path: Path) -> Run:
     """Starts a command on a node; what it says goes to tmp_path/NODE.log."""
 
     def start(node: str, *command: object) -> subprocess.Popen[str]:
@@ -46,7 +46,7 @@ def logged(cluster: Cluster, typed: Run, tmp_path: Path) -> Run:  # noqa: F811
 
 
 @pytest.fixture
-def supervised(cluster: Cluster, logged: Run) -> Run:  # noqa: F811
+def supervised(cluster: Cluster, logged: Run) -> Run:
     """A training with a rank on each node, supervised and started over ssh on n1."""
 
     def start(config: Config, run_dir: Path) -> subprocess.Popen[str]:
@@ -58,7 +58,7 @@ def supervised(cluster: Cluster, logged: Run) -> Run:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def undisturbed(cluster: Cluster, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same two ranks, both on n1, which nothing happens to."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     command = (BIN / "deepspeed", "--num_accelerators", 2, "--master_port", 29500, *training(config, run))
@@ -89,7 +89,7 @@ def assert_noticed(run: Path, rank: int) -> None:
     assert waited and int(waited[1]) >= LIMIT and "Thread" in said
 
 
-def test_a_partition_shorter_than_the_limit_only_costs_its_time(cluster, supervised, config, undisturbed, tmp_path):  # noqa: F811
+def test_a_partition_shorter_than_the_limit_only_costs_its_time(cluster, supervised, config, undisturbed, tmp_path):
     run = tmp_path / "run"
     child = supervised(config.override(["train.step_limit=120"]), run)
     reaches(child, run, 12)
@@ -104,11 +104,7 @@ def test_a_partition_shorter_than_the_limit_only_costs_its_time(cluster, supervi
 
 
 def test_a_longer_one_is_noticed_on_both_sides_and_the_run_started_again(
-    cluster,  # noqa: F811
-    supervised,
-    config,
-    undisturbed,
-    tmp_path,
+    cluster, supervised, config, undisturbed, tmp_path
 ):
     run = tmp_path / "run"
     child = supervised(config, run)
@@ -125,11 +121,7 @@ def test_a_longer_one_is_noticed_on_both_sides_and_the_run_started_again(
 
 
 def test_a_node_without_power_is_noticed_and_the_run_goes_on_when_it_is_back(
-    cluster,  # noqa: F811
-    supervised,
-    config,
-    undisturbed,
-    tmp_path,
+    cluster, supervised, config, undisturbed, tmp_path
 ):
     """Its ssh connection never says a word, so that the launcher on n1 would wait for ever."""
     run = tmp_path / "run"
@@ -144,11 +136,7 @@ def test_a_node_without_power_is_noticed_and_the_run_goes_on_when_it_is_back(
 
 
 def test_when_the_launchers_node_loses_power_nothing_stays_on_the_other_and_the_run_can_be_started_again(
-    cluster,  # noqa: F811
-    supervised,
-    config,
-    undisturbed,
-    tmp_path,
+    cluster, supervised, config, undisturbed, tmp_path
 ):
     run = tmp_path / "run"
     child = supervised(config, run)
@@ -162,11 +150,7 @@ def test_when_the_launchers_node_loses_power_nothing_stays_on_the_other_and_the_
 
 
 def test_when_a_launcher_is_killed_all_ranks_save_and_leave_and_the_run_goes_on_bitwise(
-    cluster,  # noqa: F811
-    logged,
-    config,
-    undisturbed,
-    tmp_path,
+    cluster, logged, config, undisturbed, tmp_path
 ):
     run = tmp_path / "run"
 

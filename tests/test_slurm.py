@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from cluster import Cluster
-from conftest import ROOT
+from conftest import BIN, ROOT
 from test_control import wait_for
-from test_multinode import BIN, cluster, losses, training, world  # noqa: F401  a fixture among them
+from test_multinode import losses, training, world
 from test_stopping import latest
 
 from hyperpelt_ds.config import Config
@@ -43,7 +43,7 @@ Slurm = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def slurm(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:  # noqa: F811
+def slurm(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """Runs a command of Slurm's on n1."""
     missing = [
         name
