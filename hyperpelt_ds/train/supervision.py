@@ -36,7 +36,9 @@ def record_process(run_dir: Path, rank: int) -> None:
     folder = run_dir / PROCESSES
     folder.mkdir(parents=True, exist_ok=True)
     process = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start(os.getpid())}
-    (folder / f"rank_{rank}.json").write_text(json.dumps(process) + "\n")
+    partial = folder / f"rank_{rank}.partial"
+    partial.write_text(json.dumps(process) + "\n")
+    os.replace(partial, folder / f"rank_{rank}.json")
 
 
 def take_over(run_dir: Path, say: Callable[[str], None]) -> None:
