@@ -235,7 +235,9 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints that stay, the newest ones; the best one stays besides."""
+    """So many of the newest checkpoints stay; the best one stays besides."""
+    keep_every: int = 0
+    """And so do those of steps that this divides; 0: none."""
     eval_every: int = 500
     """Steps between validations; there is one after the last step too."""
     patience: int = 0
@@ -437,6 +439,7 @@ NOT_NEGATIVE = (
     "train.warmup_steps",
     "train.weight_decay",
     "train.gradient_clipping",
+    "train.keep_every",
     "train.patience",
     "train.start_limit",
     "train.step_limit",

@@ -39,9 +39,9 @@ def run(function: Callable[..., None]) -> None:
         fire.Fire(function, command=arguments)
         _leave_group()
     except Stopped as stop:
+        _leave_group()
         if int(os.environ.get("RANK", 0)) == 0:
             print(stop, file=sys.stderr, flush=True)
-        _leave_group()
         sys.exit(stop.code)
     except ValueError as error:
         if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_OWN):

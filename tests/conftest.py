@@ -12,7 +12,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; must be
 import numpy as np
 import pytest
 import torch
+from cluster import Cluster, why_not
 from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -42,6 +43,7 @@ from hyperpelt_ds.data.manifest import FeatureSet, write_manifest
 from hyperpelt_ds.vision import EfficientNetLite0
 
 ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
 TEXT_TASKS = ("movie_sentiment", "movie_rating")
 IMAGE_TASKS = ("easy_vqa", "shape_caption")
 CELLS, CHANNELS = 4, 16
@@ -239,3 +241,24 @@ def finished_run(
         return run_dir
 
     return run
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("cluster"), nodes=2) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def typed(cluster: Cluster, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts a command on a node from a folder that has the example as its .deepspeed_env."""
+    (tmp_path / ".deepspeed_env").write_bytes((ROOT / "launch" / "deepspeed_env.example").read_bytes())
+    environment = {"PYTHONPATH": str(ROOT), "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin"}
+
+    def start(node: str, *command: object, **more: str) -> subprocess.Popen[str]:
+        return cluster.start(node, *command, cwd=tmp_path, env={**environment, **more})
+
+    return start

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from hyperpelt_ds import model as models
 from hyperpelt_ds.config import load as load_config
 from hyperpelt_ds.train import checkpoint
+from hyperpelt_ds.train.partitions import Snapshot
 
 
 @pytest.fixture
@@ -159,6 +160,15 @@ def test_no_valid_checkpoint_among_some_is_an_error_and_not_a_new_start(run_dir)
         _cut(run_dir / name / "weights.safetensors")
     with pytest.raises(ValueError, match=r"no valid checkpoint.*step_00000009.*step_00000006"):
         checkpoint.newest(run_dir)
+
+
+def test_the_newest_stay_and_so_does_every_so_manieth_step(tmp_path):
+    nothing = Snapshot({}, {}, {})
+    for step in range(2, 17, 2):
+        checkpoint._commit(tmp_path / checkpoint._name(step), nothing, [], {"progress": {"step": step}}, (2, 5))
+    assert [checkpoint._step(folder) for folder in checkpoint._folders(tmp_path)] == [16, 14, 10]
+    checkpoint._commit(tmp_path / checkpoint._name(18), nothing, [], {"progress": {"step": 18}}, (1, 0))
+    assert [checkpoint._step(folder) for folder in checkpoint._folders(tmp_path)] == [18]
 
 
 @pytest.fixture

@@ -122,6 +122,54 @@ def test_a_process_that_hangs_writes_its_stacks_and_ends_with_70(run_python, tmp
     assert (status["state"], status["step"], status["code"]) == ("hung", 2, 70)
 
 
+def test_it_also_ends_when_nothing_can_be_written_and_nobody_reads_what_it_prints(tmp_path):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    child = subprocess.Popen(
+        [sys.executable, "-c", HANG, str(tmp_path / "run")], cwd=ROOT, env=environment(), stderr=subprocess.PIPE
+    )
+    child.stderr.close()
+    assert child.wait(60) == 70
+
+
+LAUNCHER = """
+import os, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], env={**os.environ, **ENVIRONMENT})
+print(rank.pid, flush=True)
+rank.wait()
+"""
+RANK = """
+import sys, time
+from pathlib import Path
+from hyperpelt_ds.config import TrainConfig
+from hyperpelt_ds.train.control import Control
+from hyperpelt_ds.train.watchdog import Watchdog
+
+folder = Path(sys.argv[1])
+with Watchdog(folder, TrainConfig(start_limit=0, step_limit=0, eval_limit=0, save_limit=0)), Control() as control:
+    (folder / "ready").touch()
+    while not control.poll().stop and not (folder / "enough").exists():
+        time.sleep(0.05)
+    (folder / "left").write_text("enough" if (folder / "enough").exists() else "asked to stop")
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", None])
+def test_a_rank_whose_launcher_is_killed_is_asked_to_stop_and_a_process_of_its_own_is_not(tmp_path, rank):
+    script = LAUNCHER.replace("ENVIRONMENT", repr({"RANK": rank, "WORLD_SIZE": "2"} if rank else {}))
+    command = [sys.executable, "-c", script, RANK, str(tmp_path)]
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE)
+    process = int(launcher.stdout.readline())
+    wait_for(lambda: (tmp_path / "ready").exists(), launcher)
+    launcher.kill()
+    launcher.wait()
+    if rank is None:
+        time.sleep(3)
+        assert alive(process)
+        (tmp_path / "enough").touch()
+    wait_for(lambda: not alive(process))
+    assert (tmp_path / "left").read_text() == ("asked to stop" if rank else "enough")
+
+
 def test_a_step_may_take_its_limit_or_twenty_medians_and_0_is_no_limit(tmp_path):
     dog = Watchdog(tmp_path, TrainConfig(step_limit=60.0, eval_limit=0.0))
     assert dog.limit(STEP) == 60.0 and dog.limit(EVALUATION) == 0.0
@@ -238,6 +286,46 @@ def test_nothing_of_a_cycle_is_left_when_the_next_begins(supervise, tmp_path):
         end("finished", 0)
     """) == 0  # fmt: skip
     assert (tmp_path / "run" / "found").read_text() == "[None, None]"
+
+
+def test_a_launcher_that_waits_on_after_the_run_has_said_how_it_ended_is_ended(supervise, tmp_path):
+    """As pdsh does, when the machine at the other end of a connection is gone without a word."""
+    assert supervise("""
+        if start == 1:
+            outcome.write_status(folder, "hung", 3, 70)
+            (folder / "launcher").write_text(str(os.getpid()))
+            time.sleep(10_000)
+        end("finished", 0)
+    """) == 0  # fmt: skip
+    assert len(starts(tmp_path)) == 2 and not alive(int((tmp_path / "run" / "launcher").read_text()))
+
+
+def test_a_new_start_ends_what_an_earlier_one_left_on_its_machine_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervision, "_TAKE_OVER_SECONDS", 2.0)
+    sleep = "import time; print(flush=True); time.sleep(1000)"
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + sleep
+    scripts = {"obeys": sleep, "hangs": deaf, "elsewhere": sleep, "reused": sleep}
+    children = {
+        name: subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        for name, script in scripts.items()
+    }
+    (tmp_path / "processes").mkdir()
+    for number, (name, child) in enumerate(children.items()):
+        child.stdout.readline()
+        host = "another" if name == "elsewhere" else os.uname().nodename
+        start = supervision._start(child.pid) - (name == "reused")
+        record = {"host": host, "pid": child.pid, "start": start}
+        (tmp_path / "processes" / f"rank_{number}.json").write_text(json.dumps(record))
+    supervision.record_process(tmp_path, 9)  # the one that takes over, of the same process before
+    said = []
+    try:
+        supervision.take_over(tmp_path, said.append)
+        assert [child.poll() for child in children.values()] == [-signal.SIGTERM, -signal.SIGKILL, None, None]
+        assert len(said) == 3
+    finally:
+        for child in children.values():
+            child.kill()
+            child.wait()
 
 
 def test_a_recorded_number_that_now_is_another_process_is_let_alone(tmp_path):

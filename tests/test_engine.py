@@ -65,6 +65,7 @@ def test_the_same_fact_with_different_values_is_an_error_that_names_both(tmp_pat
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is 'nvme'"),
     ({"comet": {"enabled": True}}, "section 'comet' is enabled and needs the package comet_ml"),
     ({"csv_monitors": {"enabled": True}}, "unknown key 'csv_monitors'; did you mean csv_monitor"),
+    ({"fp16": {"enabled": True}}, "fp16 needs ZeRO stage 1, 2 or 3"),
     ("{not json", "not valid JSON"),
     ("[1]", "expected an object"),
 ])  # fmt: skip
@@ -72,6 +73,13 @@ def test_a_wrong_deepspeed_file_is_one_clear_error(tmp_path, tree, message):
     with pytest.raises(ValueError, match=r"ds\.json") as error:
         engine.merge(write(tmp_path, tree), RECIPE, 1)
     assert message in str(error.value)
+
+
+def test_processes_that_srun_started_without_a_rank_do_not_each_train_alone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError, match="one torchrun a node"):
+        engine.start_distributed()
 
 
 def test_a_missing_deepspeed_file_is_named(tmp_path):

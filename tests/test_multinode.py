@@ -4,50 +4,25 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, why_not
-from conftest import ROOT, free_port
+from cluster import Cluster
+from conftest import BIN, ROOT, free_port
 
 from hyperpelt_ds.config import Config, to_dict
 
 pytestmark = [pytest.mark.multinode, pytest.mark.slow]
-BIN = Path(sys.executable).parent
 HOSTFILE = ROOT / "launch" / "hostfile.example"
 SECONDS = 300
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    with Cluster(tmp_path_factory.mktemp("cluster"), nodes=2) as nodes:
-        yield nodes
 
 
 @pytest.fixture(scope="module")
 def brief(config: Config) -> Config:
     """Six steps, one validation and one checkpoint."""
     return config.override(["train.steps=6", "train.eval_every=6", "train.save_every=6"])
-
-
-@pytest.fixture
-def typed(cluster: Cluster, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a command on a node from a folder that has the example as its .deepspeed_env."""
-    (tmp_path / ".deepspeed_env").write_bytes((ROOT / "launch" / "deepspeed_env.example").read_bytes())
-    environment = {"PYTHONPATH": str(ROOT), "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin"}
-
-    def start(node: str, *command: object, **more: str) -> subprocess.Popen[str]:
-        return cluster.start(node, *command, cwd=tmp_path, env={**environment, **more})
-
-    return start
 
 
 def training(config: Config, run_dir: Path, again_through_a_shell: bool = False) -> list[str]:

@@ -108,7 +108,7 @@ assert '"step": 1' in (place / "run/best/score.json").read_text()
 failing = saver()
 for step in (6, 7):
     failing.save(wrapped, progress(step))
-failing._settle()
+failing.wait()
 free()
 failing.save(wrapped, progress(8))
 failing.save(wrapped, progress(9))  # the count begins anew

@@ -28,6 +28,7 @@ def settings(stage: int, offload: bool = False, persistent: int = 0, **more: Any
 AUTOCAST, HALF = (
     {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []} for dtype in ("bfloat16", "float16")
 )
+FP16 = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 4, "hysteresis": 1}  # the scale moves
 KINDS = {
     "2": settings(2),
     "3": settings(3),
@@ -39,6 +40,9 @@ KINDS = {
     "1, bf16": settings(1, bf16={"enabled": True}),
     "2, bf16": settings(2, bf16={"enabled": True}),
     "3, bf16": settings(3, bf16={"enabled": True}),
+    "1, fp16": settings(1, fp16=FP16),
+    "2, fp16": settings(2, fp16=FP16),
+    "3, fp16": settings(3, fp16=FP16),
     "0, autocast": settings(0, torch_autocast=AUTOCAST),
     "0, autocast to float16": settings(0, torch_autocast=HALF),
 }

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from train_states import allow_fp16
 
 from hyperpelt_ds import dist
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.train import engine
+from hyperpelt_ds.train import engine, partitions
 
 FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "a loss that is NaN": lambda loss: loss * math.nan,
@@ -33,8 +34,10 @@ def check(path: str) -> None:
 
     def step(fault: Callable[[Tensor], Tensor] | None = None) -> bool:
         for last in (False, True):
-            dtype = torch.bfloat16 if wrapped.precision.get("bf16") else torch.float32
-            loss = wrapped.forward(torch.ones(1, 4, dtype=dtype) * (1 + dist.rank()), last).float().square().sum() * 100
+            loss = (
+                wrapped.forward(torch.ones(1, 4, dtype=first.dtype) * (1 + dist.rank()), last).float().square().sum()
+                * 100
+            )
             wrapped.backward(fault(loss) if fault and dist.rank() == 1 and not last else loss)
         return wrapped.step()
 
@@ -52,11 +55,12 @@ def check(path: str) -> None:
         after = state()
         return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
-    scaler = wrapped._autocast_scaler
+    own, scaler = partitions.scalers(wrapped._engine)
     skipped = 0
     while not step():  # float16's scale comes down from 65536
         skipped += 1
-        assert wrapped.searches_scale and scaler.get_scale() == 65536 / 2**skipped >= 1, f"{path}: the loss scale"
+        scale = own.cur_scale if own else scaler.get_scale()
+        assert wrapped.searches_scale and scale == 65536 / 2**skipped >= 1, f"{path}: the loss scale"
     assert step(), path
     for name, fault in FAULTS.items():
         before = state()
@@ -76,6 +80,7 @@ def check(path: str) -> None:
 
 if __name__ == "__main__":
     engine.start_distributed()
+    allow_fp16()
     for argument in (argument for argument in sys.argv[1:] if argument.endswith(".json")):
         check(argument)
     torch.distributed.barrier()

@@ -65,6 +65,7 @@ _FREE_TO_CHANGE = [
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.keep_every",
     "train.eval_every",
     "train.patience",
     "train.max_consecutive_skips",
@@ -113,11 +114,8 @@ class Saver:
             commit.tidy(run_dir)
 
     def save(self, engine: Engine, progress: Progress) -> None:
-        """Begins to write the checkpoint of `progress.step`, once the one before is written.
-
-        Raises OSError on every rank if that was the third in a row that could not be.
-        """
-        self._settle()
+        """Begins to write the checkpoint of `progress.step`, once the one before is written; raises as `wait` does."""
+        self.wait()
         snapshot = engine.snapshot()
         state = {
             "progress": dataclasses.asdict(progress),
@@ -131,7 +129,8 @@ class Saver:
         generators = dist.gather(randomness.state())
         write = _commit if dist.rank() == 0 else _nothing
         folder = self._run_dir / _name(progress.step)
-        keep = self._config.train.keep_checkpoints
+        train = self._config.train
+        keep = train.keep_checkpoints, train.keep_every
         self._writing = self._thread.submit(write, folder, snapshot, generators, state, keep)
 
     def save_best(self, engine: Engine, step: int, score: float, scores: dict[str, dict[str, float]]) -> bool:
@@ -147,15 +146,18 @@ class Saver:
                 log.warning("the best weights, of step %d, could not be written: %s", step, fault)
         return dist.gather(fault)[0] is None
 
-    def close(self) -> None:
-        """Waits for the last checkpoint; raises OSError on every rank if it could not be written."""
-        self._settle()
+    def close(self, needed: bool = True) -> None:
+        """Waits for the last checkpoint; raises OSError on every rank if it is needed and could not be written."""
+        self.wait()
         self._thread.shutdown()
-        if self._failures:
+        if needed and self._failures:
             raise OSError(f"{self._run_dir}: the last checkpoint could not be written; --resume goes on before it")
 
-    def _settle(self) -> None:
-        """Waits for what is being written; what went wrong, every rank learns."""
+    def wait(self) -> None:
+        """Waits for what is being written; what went wrong, every rank learns.
+
+        Raises OSError on every rank if it was the third in a row that could not be.
+        """
         if self._writing is None:
             return
         error = self._writing.exception()
@@ -246,8 +248,12 @@ def load(folder: Path, engine: Engine, seed: int) -> Progress:
     return Progress(**{**progress, "stream": StreamState(**progress["stream"])})
 
 
-def _commit(folder: Path, snapshot: Snapshot, generators: list[Any], state: dict[str, Any], keep: int) -> None:
+def _commit(
+    folder: Path, snapshot: Snapshot, generators: list[Any], state: dict[str, Any], keep: tuple[int, int]
+) -> None:
     """Writes a checkpoint, says so in LATEST, and lets go of older ones.
+
+    `keep`: how many of the newest stay, and, if not 0, what divides the steps of others that do.
 
     Where it stops, killed or for an OSError, the run has the checkpoints it had before, or one more.
     """
@@ -255,8 +261,9 @@ def _commit(folder: Path, snapshot: Snapshot, generators: list[Any], state: dict
     contents = {WEIGHTS: snapshot.weights, MOMENTS: moments, RANDOM: generators, STATE: state}
     commit.write_folder(folder, contents, {"format": FORMAT, "step": state["progress"]["step"]})
     commit.replace_text(folder.parent / LATEST, folder.name)
-    for old in _folders(folder.parent)[keep:]:
-        if old < folder:
+    newest, every = keep
+    for old in _folders(folder.parent)[newest:]:
+        if old < folder and not (every and _step(old) % every == 0):
             commit.remove(old)
     log.info("%s is written", folder)
 
@@ -302,3 +309,7 @@ def _fault(folder: Path) -> str | None:
 
 def _name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

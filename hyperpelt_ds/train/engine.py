@@ -76,9 +76,14 @@ _DEFAULTS: dict[str, Any] = {
 def start_distributed() -> None:
     """Joins this process's group; works under `deepspeed`, `torchrun` and plain `python` (a group of one).
 
-    The timeout is long because the first start on a machine compiles DeepSpeed's shared-memory op.
+    The timeout is long because the first start on a machine compiles DeepSpeed's shared-memory op. Raises ValueError
+    for processes that Slurm started as several and nobody numbered: each would train alone.
     """
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            raise ValueError(
+                "srun started several processes without a RANK; start one torchrun a node (docs/clusters.md)"
+            )
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's name for it
     if dist.has_gpu():
@@ -109,8 +114,8 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON at `path` with every "auto" filled from the recipe.
 
     Raises ValueError for a missing or broken file, an unknown section, a section that the recipe owns, the same fact
-    given in both places with different values, full fine-tuning at ZeRO stage 3, offload to NVMe, and a monitor without
-    its package.
+    given in both places with different values, full fine-tuning at ZeRO stage 3, fp16 at stage 0, offload to NVMe, and
+    a monitor without its package.
     """
     tree = _read(Path(path))
     train = config.train
@@ -135,7 +140,13 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
                 f'{key}: {path} says {given!r}, the recipe says {value!r} ({owner}); write "auto" in the JSON'
             )
         tree[key] = value
-    if config.model.train_backbone and tree.get("zero_optimization", {}).get("stage") == 3:
+    stage = tree.get("zero_optimization", {}).get("stage", 0)
+    if stage == 0 and tree.get("fp16", {}).get("enabled"):
+        raise ValueError(
+            f"{path}: fp16 needs ZeRO stage 1, 2 or 3; at stage 0 DeepSpeed (0.19.8) keeps its loss scale in another "
+            f"place, which no checkpoint would hold"
+        )
+    if config.model.train_backbone and stage == 3:
         raise ValueError(
             f"{path}: ZeRO stage 3 cannot train the backbone (model.train_backbone): it gathers weights when "
             f"a rank needs them, and ranks decode answers of different lengths in validation; use stage 0, 1 or 2"

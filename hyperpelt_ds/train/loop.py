@@ -55,6 +55,8 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
     folder = Path(run_dir)
     claim(folder, resume)
     with Watchdog(folder, config.train) as watchdog:
+        if dist.local_rank() == 0 and not torch.distributed.is_initialized():
+            supervision.take_over(folder, log.warning)
         return _train(prepare(config, Path(ds_config), folder), folder, watchdog)
 
 

@@ -67,11 +67,11 @@ def take(run: Run, progress: Progress) -> None:
         except Stopped as stop:
             if stop.saves:
                 steps.save()
-            run.saver.close()
+            run.saver.close(needed=stop.saves)
             state, code = stop.state, stop.code
             raise
         except RollBack:
-            run.saver.close()  # what is loaded next is what was begun last
+            run.saver.close(needed=False)
             state = outcome.RUNNING
             raise
         finally:
@@ -203,8 +203,14 @@ class _Steps:
             return True
         self.bad.add(step, samples, reason, culprits)
         if reason == "not finite" and (culprits or not self.run.engine.searches_scale):
-            self.bad.judge(step, samples, self.saved is not None and not self.run.config.data.plain)
+            self.bad.judge(step, samples, self._can_go_back())
         return False
+
+    def _can_go_back(self) -> bool:
+        """Whether there is a checkpoint, once what was begun is written, or was not: then the one before will do."""
+        self.run.saver.wait()
+        written = dist.gather((self.run.folder / checkpoint.LATEST).is_file())[0]
+        return written and not self.run.config.data.plain
 
     def _train(self, micro_batches: Sequence[Batch], usable: int) -> bool:
         """One update from the gradient over the global batch; False if it was left out, on every rank."""

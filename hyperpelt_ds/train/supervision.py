@@ -2,6 +2,7 @@
 
 It knows of the run what is on disk (STATUS.json, LATEST, the processes that the ranks recorded) and its own child.
 Nothing is ever ended by name: only the child's process group, and recorded processes that still are the same ones.
+A supervisor ends those of its own machine, and a new start on every machine those that an earlier one left there.
 Standard library only; it must not know DeepSpeed.
 """
 
@@ -25,6 +26,8 @@ _FINAL = {outcome.DataFault.code, outcome.NotFinite.code, outcome.Diverged.code}
 _REFUSED = 2
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _LONGEST_WAIT = 300.0
+_TAKE_OVER_SECONDS = 60.0
+"""A start that is taken over has so long for its step and a checkpoint."""
 
 
 def record_process(run_dir: Path, rank: int) -> None:
@@ -33,7 +36,23 @@ def record_process(run_dir: Path, rank: int) -> None:
     folder = run_dir / PROCESSES
     folder.mkdir(parents=True, exist_ok=True)
     process = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start(os.getpid())}
-    (folder / f"rank_{rank}.json").write_text(json.dumps(process) + "\n")
+    partial = folder / f"rank_{rank}.partial"
+    partial.write_text(json.dumps(process) + "\n")
+    os.replace(partial, folder / f"rank_{rank}.json")
+
+
+def take_over(run_dir: Path, say: Callable[[str], None]) -> None:
+    """Ends what an earlier start of the run left on this machine: a process of it that still trains saves and leaves,
+    with all others of that start on whatever machine; one that hangs is killed. For one process a machine."""
+
+    def left() -> list[int]:
+        return [process for process in running_here(run_dir) if process != os.getpid()]
+
+    for number, seconds in ((signal.SIGTERM, _TAKE_OVER_SECONDS), (signal.SIGKILL, 5.0)):
+        for process in left():
+            say(f"{number.name} to process {process}, which an earlier start of {run_dir} left on this machine")
+            os.kill(process, number)
+        _wait_until(lambda: not left(), seconds)
 
 
 def running_here(run_dir: Path) -> list[int]:
@@ -97,6 +116,8 @@ class Supervisor:
             if got is not None and got.si_signo in _SIGNALS and not self._asked:
                 self._asked, end = True, time.monotonic() + self.grace
                 self._ask(child)
+            elif end == float("inf") and self._told() is not None:  # a launcher may wait for a lost machine for ever
+                end = time.monotonic() + self.grace
         self._clear(child)
         return self._code(child.wait())
 
@@ -110,10 +131,13 @@ class Supervisor:
             os.killpg(child.pid, signal.SIGTERM)
 
     def _clear(self, child: subprocess.Popen[bytes]) -> None:
-        """Ends what is left of a cycle on this machine. The child is not yet reaped, so that its group is still its."""
-        end = time.monotonic() + (self.grace if _ended(child) else 0.0)
-        while running_here(self.run_dir) and time.monotonic() < end:
-            time.sleep(0.2)
+        """Ends what is left of a cycle on this machine, having asked it to stop if its launcher is gone: it may still
+        train. The child is not yet reaped, so that its group is still its."""
+        if _ended(child):
+            for process in running_here(self.run_dir):
+                self.say(f"asking process {process} to stop, which its launcher left")
+                os.kill(process, signal.SIGTERM)
+            _wait_until(lambda: not running_here(self.run_dir), self.grace)
         for process in running_here(self.run_dir):
             self.say(f"ending process {process}, which is left")
             os.kill(process, signal.SIGKILL)
@@ -126,12 +150,23 @@ class Supervisor:
 
     def _code(self, returned: int) -> int:
         """What STATUS.json says, since launchers change codes and may even turn a death into 0."""
-        status = outcome.read_status(self.run_dir)
-        if status is not None and status["code"] is not None:
-            return int(status["code"])
+        told = self._told()
+        if told is not None:
+            return told
         if self._asked:
             return outcome.Preempted.code
         return returned if returned > 0 else 1
+
+    def _told(self) -> int | None:
+        """The exit code in STATUS.json, where rank 0 says how it ended; None before."""
+        status = outcome.read_status(self.run_dir)
+        return None if status is None or status["code"] is None else int(status["code"])
+
+
+def _wait_until(true: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.2)
 
 
 def _ended(child: subprocess.Popen[bytes]) -> bool:

@@ -1,4 +1,5 @@
-"""Ends a process that makes no more progress, after writing down where each of its threads stands.
+"""Ends a process that makes no more progress, after writing down where each of its threads stands; asks one whose
+launcher is gone to stop.
 
 A thread of its own, so that it works while the main thread waits in a collective that never ends. It must not know
 what the main thread does, only the name of the phase it is in.
@@ -6,8 +7,10 @@ what the main thread does, only the name of the phase it is in.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -33,6 +36,8 @@ class Watchdog:
 
     Otherwise: run_dir/stack_R.txt, STATUS.json (rank 0), and the process ends with exit code 70. The limits are seconds
     (train.start_limit and its siblings); 0 is none. The first step counts as starting: much is compiled in it.
+
+    A rank, if there are several, whose parent, its launcher, is gone gets a SIGTERM: nobody else would end it.
     """
 
     def __init__(self, run_dir: Path, limits: TrainConfig):
@@ -45,6 +50,7 @@ class Watchdog:
         }
         self._at = START, time.monotonic()  # one object, since two threads use it
         self._number = 0
+        self._launcher = os.getppid() if dist.world_size() > 1 else None  # one alone may outlive its shell
         self._durations: deque[float] = deque(maxlen=50)
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -80,13 +86,28 @@ class Watchdog:
 
     def _watch(self) -> None:
         limits = [limit for limit in self._limits.values() if limit]
-        while limits and not self._left.wait(min(1.0, min(limits) / 4)):
+        while not self._left.wait(min([1.0, *(limit / 4 for limit in limits)])):
+            self._look_for_launcher()
             phase, since = self._at
             limit, waited = self.limit(phase), time.monotonic() - since
             if limit and waited > limit:
                 self._end(f"no progress for {waited:.0f} s in phase {phase!r}, step {self._number}")
 
+    def _look_for_launcher(self) -> None:
+        if self._launcher is not None and os.getppid() != self._launcher:
+            gone, self._launcher = self._launcher, None
+            os.kill(os.getpid(), signal.SIGTERM)
+            with contextlib.suppress(OSError):  # it may have been what reads this
+                print(f"rank {dist.rank()}: its launcher, process {gone}, is gone", file=sys.stderr, flush=True)
+
     def _end(self, reason: str) -> None:
+        try:
+            self._tell(reason)
+            time.sleep(_GRACE)
+        finally:  # also if the disk is full, or nobody is left to read what is printed
+            os._exit(outcome.HUNG_CODE)
+
+    def _tell(self, reason: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"stack_{dist.rank()}.txt"
         with file.open("w") as stacks:
@@ -96,5 +117,3 @@ class Watchdog:
         if dist.rank() == 0:
             outcome.write_status(self._folder, outcome.HUNG, self._number, outcome.HUNG_CODE)
         print(f"error (rank {dist.rank()}): {reason}; {file} says where", file=sys.stderr, flush=True)
-        time.sleep(_GRACE)
-        os._exit(outcome.HUNG_CODE)
