@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -41,13 +42,13 @@ def leaves(x: Tensor, residual: Tensor, parts: Sequence[SiteAdapter]) -> list[Te
 
 
 def by_formula(
-    x: Tensor, residual: Tensor, parts: Sequence[SiteAdapter], activation: str, dy: Tensor
+    x: Tensor, residual: Tensor, parts: Sequence[SiteAdapter], activation: str, dy: Tensor, dtype: Any = torch.float64
 ) -> tuple[Tensor, list[Tensor]]:
-    """y and all gradients in float64 by the reference."""
-    plain = [tensor.detach().double().requires_grad_() for tensor in leaves(x, residual, parts)]
+    """y and all gradients by the reference, in float64 if nothing else is said."""
+    plain = [tensor.detach().to(dtype).requires_grad_() for tensor in leaves(x, residual, parts)]
     again = [SiteAdapter(*plain[2 + 5 * n : 7 + 5 * n], part.users) for n, part in enumerate(parts)]
     y = adapter(plain[0], plain[1], again, activation, backend="reference")
-    return y, list(torch.autograd.grad(y, plain, dy.double()))
+    return y, list(torch.autograd.grad(y, plain, dy.to(dtype)))
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

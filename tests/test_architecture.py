@@ -45,7 +45,10 @@ ONLY_IN = {
     "fire": ("launch/", "data_prep/"),
     "tensorboard": ("hyperpelt_ds/train/metrics.py",),
     "torch.utils.tensorboard": ("hyperpelt_ds/train/metrics.py",),
-    "PIL": ("hyperpelt_ds/vision/", "hyperpelt_ds/report/observed.py", "data_prep/"),
+    "PIL": (
+        *("hyperpelt_ds/vision/", "hyperpelt_ds/report/observed.py", "data_prep/"),
+        *("hyperpelt_ds/train/figures.py", "hyperpelt_ds/train/samples.py"),
+    ),
     "peft": ("launch/bench_step.py", "launch/kernel_peers.py"),
     "adapters": ("launch/bench_adapters.py",),
     "sklearn": ("hyperpelt_ds/tasks/metrics.py",),

@@ -47,7 +47,7 @@ def test_only_blocks_of_a_decoder_have_sites():
     ("prefix_blocks", "prefix", ("encoder_self", "decoder_cross")), ("adapter_blocks", "adapter", ("encoder_ffn",)),
 ])  # fmt: skip
 def test_a_kind_of_module_that_has_no_site_is_named(field, kind, blocks):
-    with pytest.raises(ValueError, match=rf"modules.{field}: a llama model has no {', '.join(blocks)}"):
+    with pytest.raises(ValueError, match=rf"modules.{field}: a llama model has none of {', '.join(blocks)}"):
         tiny_backbone("llama", kinds=("prefix", "adapter"), **{field: blocks})
     tiny_backbone("llama", kinds=("adapter" if kind == "prefix" else "prefix",), **{field: blocks})
 

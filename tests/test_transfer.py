@@ -214,8 +214,8 @@ def test_transfer_refuses_what_it_cannot_count(call):
         assert code == 2 and "expected numbers above 0" in error
     train = ("--ds_config", "d", "--run_dir", "r")
     for wrong, said in (
-        ((), "give either --recipe or --init_from"),
-        (("--recipe", "demo", "--init_from", "x"), "give either --recipe or --init_from"),
+        ((), "give either --recipe NAME, to start anew, or --init_from RUN_DIR"),
+        (("--recipe", "demo", "--init_from", "x"), "give either --recipe NAME, to start anew, or --init_from RUN_DIR"),
         (("--recipe", "demo", "--new_task", NEW), "--new_task, --like and --train need --init_from"),
         (("--init_from", "nowhere", "--new_task", NEW), "--init_from nowhere: no run"),
         (("--recipe", "demo", "--train", "some"), "--train some: allowed are all and embeddings"),

@@ -44,6 +44,7 @@ def check_words() -> None:
 def check_start(folder: Path) -> None:
     agreement.check_versions()
     agreement.check_shared(folder / "shared")
+    dist.barrier()  # rank 0 deletes its file after the others have seen it
     assert not list((folder / "shared").iterdir())
     text = raised(ValueError, lambda: agreement.check_shared(folder / str(dist.rank()), patience=0.5))
     assert "of rank 1 on" in text and "must see the same one" in text
