@@ -68,7 +68,8 @@ def test_a_process_alone_keeps_pythons_own_way_and_an_interruption_is_a_word(tmp
     assert (first, second) == ("interrupted\n", "")
 
 
-@pytest.mark.parametrize("broken", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [0, 1])
 def test_a_rank_that_fails_in_a_training_is_the_only_one_that_is_heard(run_python, config, tmp_path, broken):
     """It cannot write its process's file, since a folder has its name; the other rank goes on, and loses it."""
     run: Callable[..., subprocess.CompletedProcess[str]] = run_python

@@ -42,6 +42,7 @@ NOT_RUN = {
     ("data.md", "--recipe glue_t5_base"): "T5's weights, and GPUs",
     ("data.md", "--weights default"): "an encoder's weights from the network",
     ("export.md", "runs/lora_t5_base"): "a run of T5; tests/test_export.py has a tiny one",
+    ("large_backbones.md", "model.quantize=int8"): "needs torchao; tests/test_int8.py",
     ("recipes.md", ""): "official data and weights, and GPUs; tests/test_recipes.py trains each recipe on a tiny model",
     ("study.md", ""): "fetches packages, and takes twelve hours of a core",
 }
@@ -193,9 +194,10 @@ def make_folder(folder: Path, text: str, finished_run: Callable[[int], Path], ba
         (folder / name).symlink_to(ROOT / name)
     (folder / "data" / "demo").mkdir(parents=True)
     (folder / "data" / "demo" / "backbone").symlink_to(backbone)
-    if "runs/demo" in text and not TRAINS_DEMO.search(text):
+    exported = "exported/sentiment" in text and "--out exported/sentiment" not in text
+    if exported or ("runs/demo" in text and not TRAINS_DEMO.search(text)):
         shutil.copytree(finished_run(2), folder / "runs" / "demo")
-    if "exported/sentiment" in text and "--out exported/sentiment" not in text:
+    if exported:
         run = ["launch/export.py", "--run_dir", "runs/demo", "--task", "movie_sentiment", "--out", "exported/sentiment"]
         subprocess.run([sys.executable, *run], cwd=folder, check=True, capture_output=True)
     articles = {split: numbered("wikipedia_topic", split, 200) for split in ("train", "validation", "test")}

@@ -21,7 +21,8 @@ from hyperpelt_ds.config import Config, to_dict
 from hyperpelt_ds.train import engine
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_split_models_take_the_same_steps_give_the_same_answers_and_hold_a_share_and_a_block(run_python, ranks):
     done = run_python("torchrun", "--nproc_per_node", ranks, "--master_port", free_port(), "tests/ranks_shard.py")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
