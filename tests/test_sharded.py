@@ -51,7 +51,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, stage", [(2, 2), (4, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), pytest.param(4, 3, marks=pytest.mark.long)])
 def test_a_split_run_is_the_whole_one_and_either_goes_on_as_the_other(run_python, with_dropout, tmp_path, ranks, stage):
     ds_config = f"ds_configs/zero{stage}_cpu.json"
     split = with_dropout.override(["model.shard_backbone=true"])
