@@ -6,8 +6,8 @@ the last bit, whatever the type. Gathering takes all ranks together. This file m
 it is trained.
 
 torch's `fully_shard` was tried (2.14, gloo): it trains. But embeddings, which are used before the model itself runs,
-had to be gathered by hand and for the whole step, gradients differed in their last bits, and ranks that decode answers
-of different lengths would wait for each other for ever.
+had to be gathered by hand and for the whole step, and gradients differed in their last bits. By its design, not tried,
+ranks that decode answers of different lengths would wait for each other for ever.
 """
 
 from __future__ import annotations
