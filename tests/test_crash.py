@@ -17,6 +17,7 @@ RANK = """
 import sys, time
 from pathlib import Path
 from hyperpelt_ds.train import crash
+time.sleep(float(sys.argv[3]))
 crash.speak_once(Path(sys.argv[1]))
 time.sleep(float(sys.argv[2]))
 {}
@@ -26,10 +27,12 @@ IN_A_COLLECTIVE = (
 )
 
 
-def rank(number: int, folder: Path, body: str, wait: float = 0.0, world_size: int = 2) -> subprocess.Popen[str]:
-    """A process that ends on what `body` raises, `wait` seconds after it began."""
+def rank(
+    number: int, folder: Path, body: str, wait: float = 0.0, late: float = 0.0, world_size: int = 2
+) -> subprocess.Popen[str]:
+    """A process that begins `late` seconds after others and ends, `wait` seconds later, on what `body` raises."""
     environment = {**os.environ, "RANK": str(number), "WORLD_SIZE": str(world_size), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", RANK.format(body), str(folder), str(wait)]
+    command = [sys.executable, "-c", RANK.format(body), str(folder), str(wait), str(late)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -37,8 +40,12 @@ def said(*processes: subprocess.Popen[str]) -> list[str]:
     return [process.communicate(timeout=120)[1] for process in processes]
 
 
-def test_ranks_that_fail_by_themselves_speak_once_and_all_leave_their_traces(tmp_path):
-    words = said(*(rank(number, tmp_path, f"raise KeyError('of rank {number}')") for number in range(2)))
+@pytest.mark.parametrize("late", [0.0, 2.0])
+def test_ranks_that_fail_by_themselves_speak_once_and_all_leave_their_traces(tmp_path, late):
+    """Also where one failed before the other began."""
+    words = said(
+        rank(0, tmp_path, "raise KeyError('of rank 0')"), rank(1, tmp_path, "raise KeyError('of rank 1')", late=late)
+    )
     [spoken] = [text for text in words if text]
     assert spoken.count("Traceback") == 1 and "error: rank" in spoken and "trace_" in spoken.splitlines()[-1]
     for number in range(2):

@@ -215,14 +215,13 @@ def small(validation: Mapping[str, float]) -> list[Cell]:
                 natural = named != method.knows_task
                 if seed < (method.seeds if natural else min(method.seeds, OTHER_SEEDS)):
                     found.append(_core_cell(name, method, chosen[name], named, seed))
-    found.sort(key=lambda cell: cell.name.startswith("core/") and _is_unnatural(cell))  # stable: natural forms first
     rate = chosen[OWN]
-    for seed in range(SEEDS):
-        for group, variants in (("image", IMAGE_WAYS), ("ablation", ABLATIONS)):
+    for group, variants in (("image", IMAGE_WAYS), ("ablation", ABLATIONS)):
+        controls = ("task", "image") if group == "image" else ()
+        for seed in range(SEEDS):
             for name, settings in variants.items():
-                controls = ("task", "image") if group == "image" else ()
                 found.append(Cell(f"{group}/{name}/seed{seed}", _run(settings, rate, seed), controls=controls))
-    return [*found, *_transfer(chosen)]
+    return sorted([*found, *_transfer(chosen)], key=_decides_no_claim)
 
 
 def extended(validation: Mapping[str, float]) -> list[Cell]:
@@ -279,9 +278,10 @@ def core_name(method: str, named: bool, seed: int) -> str:
     return f"core/{method}/{'named' if named else 'unnamed'}/seed{seed}"
 
 
-def _is_unnatural(cell: Cell) -> bool:
-    _, name, form, _ = cell.name.split("/")
-    return METHODS[name].knows_task == (form == "named")
+def _decides_no_claim(cell: Cell) -> bool:
+    """Whether it can wait: an ablation, or a form that is not its method's natural one."""
+    group, name, form, *_ = (*cell.name.split("/"), "")
+    return group == "ablation" or (group == "core" and METHODS[name].knows_task == (form == "named"))
 
 
 def _run(

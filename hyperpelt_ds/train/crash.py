@@ -16,10 +16,14 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from hyperpelt_ds.train import supervision
+
 CAUSE = "CAUSE"
 
 _PATIENCE = 15.0
 """Seconds that a rank that lost a peer waits for its word: a network's file system may be so slow to show a file."""
+_SPREAD = 120.0
+"""Seconds within which all ranks of a start begin."""
 _TALK = "/torch/distributed/", "/deepspeed/comm/"
 _WRAPPERS = "/fire/", "/launch/command.py"
 
@@ -30,7 +34,7 @@ def speak_once(folder: Path) -> None:
     A process that is alone keeps Python's own way.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        rank, began = int(os.environ["RANK"]), time.time()
+        rank, began = int(os.environ["RANK"]), _first_began()
         sys.excepthook = lambda kind, error, trace: _report(folder, rank, began, error, trace)
 
 
@@ -56,6 +60,19 @@ def _report(folder: Path, rank: int, began: float, error: BaseException, trace: 
     shown = "".join(traceback.format_exception(type(error), error, _without_wrappers(trace)))
     why = "; another rank is gone and left no word: was it killed, for example for its memory?" if lost else ""
     print(f"{shown}\nerror: {summary}{why}\nfull trace: {file}", file=sys.stderr, flush=True)
+
+
+def _first_began() -> float:
+    """The earliest time, in seconds since the epoch, at which another rank of this start may have begun, and failed.
+
+    Not before their launcher did, which a machine's ranks have in common, but for torchrun when it starts them again.
+    """
+    now = time.time()
+    launcher = supervision.began(os.getppid())
+    if launcher is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        return now
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - launcher / os.sysconf("SC_CLK_TCK")
+    return now - min(age, _SPREAD)
 
 
 def _lost_a_peer(trace: TracebackType | None) -> bool:

@@ -35,7 +35,7 @@ def record_process(run_dir: Path, rank: int) -> None:
     of the same number has in common with it."""
     folder = run_dir / PROCESSES
     folder.mkdir(parents=True, exist_ok=True)
-    process = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start(os.getpid())}
+    process = {"host": socket.gethostname(), "pid": os.getpid(), "start": began(os.getpid())}
     partial = folder / f"rank_{rank}.partial"
     partial.write_text(json.dumps(process) + "\n")
     os.replace(partial, folder / f"rank_{rank}.json")
@@ -60,7 +60,7 @@ def running_here(run_dir: Path) -> list[int]:
     found = []
     for file in sorted((run_dir / PROCESSES).glob("rank_*.json")):
         process = json.loads(file.read_text())
-        if process["host"] == socket.gethostname() and _start(process["pid"]) == process["start"]:
+        if process["host"] == socket.gethostname() and began(process["pid"]) == process["start"]:
             found.append(process["pid"])
     return found
 
@@ -173,7 +173,7 @@ def _ended(child: subprocess.Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _start(process: int) -> int | None:
+def began(process: int) -> int | None:
     """When a process began, in ticks since the machine did; None if it is no more, or only waits to be reaped."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
