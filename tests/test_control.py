@@ -266,7 +266,7 @@ def test_a_wrong_request_is_not_started_again(supervise, tmp_path):
 
 
 def alive(process: int) -> bool:
-    return supervision._start(process) is not None
+    return supervision.began(process) is not None
 
 
 def test_nothing_of_a_cycle_is_left_when_the_next_begins(supervise, tmp_path):
@@ -277,12 +277,12 @@ def test_nothing_of_a_cycle_is_left_when_the_next_begins(supervise, tmp_path):
             time.sleep(0.5)
             (folder / "left").write_text(f"{child.pid} {rank.pid}")
             import json
-            record = {"host": os.uname().nodename, "pid": rank.pid, "start": supervision._start(rank.pid)}
+            record = {"host": os.uname().nodename, "pid": rank.pid, "start": supervision.began(rank.pid)}
             (folder / "processes" / "rank_1.json").write_text(json.dumps(record))
             rank.returncode = 0
             sys.exit(1)
         left = (folder / "left").read_text().split()
-        (folder / "found").write_text(str([supervision._start(int(pid)) for pid in left]))
+        (folder / "found").write_text(str([supervision.began(int(pid)) for pid in left]))
         end("finished", 0)
     """) == 0  # fmt: skip
     assert (tmp_path / "run" / "found").read_text() == "[None, None]"
@@ -313,7 +313,7 @@ def test_a_new_start_ends_what_an_earlier_one_left_on_its_machine_and_nothing_el
     for number, (name, child) in enumerate(children.items()):
         child.stdout.readline()
         host = "another" if name == "elsewhere" else os.uname().nodename
-        start = supervision._start(child.pid) - (name == "reused")
+        start = supervision.began(child.pid) - (name == "reused")
         record = {"host": host, "pid": child.pid, "start": start}
         (tmp_path / "processes" / f"rank_{number}.json").write_text(json.dumps(record))
     supervision.record_process(tmp_path, 9)  # the one that takes over, of the same process before
@@ -331,7 +331,7 @@ def test_a_new_start_ends_what_an_earlier_one_left_on_its_machine_and_nothing_el
 def test_a_recorded_number_that_now_is_another_process_is_let_alone(tmp_path):
     sleeper = subprocess.Popen(["sleep", "100"])
     (tmp_path / "processes").mkdir()
-    record = {"host": os.uname().nodename, "pid": sleeper.pid, "start": supervision._start(sleeper.pid) - 1}
+    record = {"host": os.uname().nodename, "pid": sleeper.pid, "start": supervision.began(sleeper.pid) - 1}
     (tmp_path / "processes" / "rank_0.json").write_text(json.dumps(record))
     try:
         Supervisor([sys.executable, "-c", "raise SystemExit(2)"], tmp_path, 1, 0.0, 0.0, print).run()
