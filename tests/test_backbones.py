@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, BertConfig,
 from transformers.masking_utils import eager_mask
 
 from hyperpelt_ds.backbones import Backbone, load_backbone
-from hyperpelt_ds.backbones.base import family_of
+from hyperpelt_ds.backbones.families import family_of
 from hyperpelt_ds.config import ModelConfig
 from hyperpelt_ds.contracts import Weights
 

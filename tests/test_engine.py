@@ -12,7 +12,7 @@ import tiny
 from torch import nn
 
 from hyperpelt_ds.config import Config, TrainConfig
-from hyperpelt_ds.train import engine
+from hyperpelt_ds.train import deepspeed_json, engine
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Config(train=TrainConfig(global_batch=24, micro_batch=3, gradient_clipping=0.5))
@@ -25,7 +25,9 @@ def write(folder: Path, tree: object) -> Path:
 
 
 def test_autos_and_absent_keys_are_filled_from_the_recipe(tmp_path):
-    merged = engine.merge(write(tmp_path, {"train_batch_size": "auto", "zero_optimization": {"stage": 2}}), RECIPE, 2)
+    merged = deepspeed_json.merge(
+        write(tmp_path, {"train_batch_size": "auto", "zero_optimization": {"stage": 2}}), RECIPE, 2
+    )
     assert merged["train_batch_size"] == 24
     assert merged["train_micro_batch_size_per_gpu"] == 3
     assert merged["gradient_accumulation_steps"] == 4
@@ -35,11 +37,16 @@ def test_autos_and_absent_keys_are_filled_from_the_recipe(tmp_path):
 
 def test_accumulation_follows_the_world_size(tmp_path):
     path = write(tmp_path, {})
-    assert [engine.merge(path, RECIPE, world)["gradient_accumulation_steps"] for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    assert [deepspeed_json.merge(path, RECIPE, world)["gradient_accumulation_steps"] for world in (1, 2, 4, 8)] == [
+        8,
+        4,
+        2,
+        1,
+    ]
 
 
 def test_the_same_fact_with_the_same_value_in_both_places_is_accepted(tmp_path):
-    assert engine.merge(write(tmp_path, {"gradient_clipping": 0.5}), RECIPE, 1)["gradient_clipping"] == 0.5
+    assert deepspeed_json.merge(write(tmp_path, {"gradient_clipping": 0.5}), RECIPE, 1)["gradient_clipping"] == 0.5
 
 
 @pytest.mark.parametrize("key, given, wanted, owner", [
@@ -51,7 +58,7 @@ def test_the_same_fact_with_the_same_value_in_both_places_is_accepted(tmp_path):
 def test_the_same_fact_with_different_values_is_an_error_that_names_both(tmp_path, key, given, wanted, owner):
     path = write(tmp_path, {key: given})
     with pytest.raises(ValueError) as error:
-        engine.merge(path, RECIPE, 2)
+        deepspeed_json.merge(path, RECIPE, 2)
     for part in (key, str(path), repr(given), repr(wanted), owner):
         assert part in str(error.value)
 
@@ -71,7 +78,7 @@ def test_the_same_fact_with_different_values_is_an_error_that_names_both(tmp_pat
 ])  # fmt: skip
 def test_a_wrong_deepspeed_file_is_one_clear_error(tmp_path, tree, message):
     with pytest.raises(ValueError, match=r"ds\.json") as error:
-        engine.merge(write(tmp_path, tree), RECIPE, 1)
+        deepspeed_json.merge(write(tmp_path, tree), RECIPE, 1)
     assert message in str(error.value)
 
 
@@ -84,12 +91,12 @@ def test_processes_that_srun_started_without_a_rank_do_not_each_train_alone(monk
 
 def test_a_missing_deepspeed_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.json: no such file"):
-        engine.merge(tmp_path / "nowhere.json", RECIPE, 1)
+        deepspeed_json.merge(tmp_path / "nowhere.json", RECIPE, 1)
 
 
 def test_a_global_batch_that_cannot_be_shared_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"5 processes cannot share the 24 lanes of train.global_batch 24"):
-        engine.merge(write(tmp_path, {}), RECIPE, 5)
+        deepspeed_json.merge(write(tmp_path, {}), RECIPE, 5)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
@@ -97,7 +104,7 @@ def test_every_shipped_file_leaves_to_the_recipe_what_is_the_recipes(path):
     tree = json.loads(path.read_text())
     recipe = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
     assert {tree[key] for key in recipe} == {"auto"}
-    merged = engine.merge(path, RECIPE, 2)
+    merged = deepspeed_json.merge(path, RECIPE, 2)
     assert merged["zero_optimization"]["stage"] == int(path.name[4]), "the name says the stage"
     assert merged["data_types"]["grad_accum_dtype"] == "fp32"
     assert ("torch_autocast" in tree) == (not path.stem.endswith("_cpu")), "GPU files compute in bf16, CPU files do not"
@@ -174,8 +181,8 @@ def test_a_step_whose_gradient_is_not_finite_changes_no_weight_at_any_stage(tmp_
 def test_full_fine_tuning_is_refused_at_stage_3_where_ranks_would_wait_for_each_other():
     whole = Config().override(["model.train_backbone=true", "modules.kinds=", "train.global_batch=16"])
     with pytest.raises(ValueError, match=r"ZeRO stage 3 cannot train the backbone .* use stage 0, 1 or 2"):
-        engine.merge("ds_configs/zero3_cpu.json", whole, 1)
-    assert engine.merge("ds_configs/zero2_cpu.json", whole, 1)["zero_optimization"]["stage"] == 2
+        deepspeed_json.merge("ds_configs/zero3_cpu.json", whole, 1)
+    assert deepspeed_json.merge("ds_configs/zero2_cpu.json", whole, 1)["zero_optimization"]["stage"] == 2
 
 
 @pytest.mark.parametrize(
@@ -189,4 +196,4 @@ def test_full_fine_tuning_is_refused_at_stage_3_where_ranks_would_wait_for_each_
     ],
 )
 def test_float16_is_seen_wherever_the_json_asks_for_it(settings, expected):
-    assert engine.computes_in_float16(settings) is expected
+    assert deepspeed_json.computes_in_float16(settings) is expected

@@ -22,7 +22,7 @@ NODES, RANKS = 2, 2
 WEIGHTS = "model.safetensors"
 CODE = """
 import sys
-from hyperpelt_ds.backbones.base import load_backbone
+from hyperpelt_ds.backbones import load_backbone
 from hyperpelt_ds.config import ModelConfig
 for name in sys.argv[1:]:
     try:

@@ -18,7 +18,7 @@ from hyperpelt_ds import counts, recipes
 from hyperpelt_ds import model as models
 from hyperpelt_ds.backbones.sharded import groups_of
 from hyperpelt_ds.config import Config, to_dict
-from hyperpelt_ds.train import engine
+from hyperpelt_ds.train import deepspeed_json
 
 
 @pytest.mark.slow
@@ -120,9 +120,9 @@ def test_autocast_that_would_keep_a_copy_of_every_weight_is_refused(tmp_path):
     file.write_text(json.dumps({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}))
     split = Config().override(["model.shard_backbone=true"])
     with pytest.raises(ValueError, match=r"torch_autocast to 'bfloat16' keeps a copy .* set model.dtype to the same"):
-        engine.merge(file, split, 1)
-    engine.merge(file, split.override(["model.dtype=bfloat16"]), 1)
-    engine.merge(file, Config(), 1)
+        deepspeed_json.merge(file, split, 1)
+    deepspeed_json.merge(file, split.override(["model.dtype=bfloat16"]), 1)
+    deepspeed_json.merge(file, Config(), 1)
 
 
 def test_alone_nothing_is_split(config):

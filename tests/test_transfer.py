@@ -23,7 +23,7 @@ from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.export import export
 from hyperpelt_ds.model import beside, load, weights_file
-from hyperpelt_ds.train import engine, transfer
+from hyperpelt_ds.train import deepspeed_json, transfer
 
 OLD, NEW = ("movie_sentiment", "easy_vqa", "shape_caption"), "movie_rating"
 call, script = test_launch.call, test_launch.script
@@ -271,8 +271,8 @@ def test_rounding_by_the_engine_is_refused_where_other_tasks_must_not_change(run
     json_file.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
     only = transfer.from_run(runs["base"], [NEW], None, "embeddings")
     with pytest.raises(ValueError, match=r"bf16 rounds frozen weights too.*; use torch_autocast"):
-        engine.merge(json_file, only, 1)
-    assert engine.merge(json_file, dataclasses.replace(only, transfer=TransferConfig()), 1)["bf16"]["enabled"]
+        deepspeed_json.merge(json_file, only, 1)
+    assert deepspeed_json.merge(json_file, dataclasses.replace(only, transfer=TransferConfig()), 1)["bf16"]["enabled"]
 
 
 def test_transfer_flags_that_need_a_new_task_say_so(runs):

@@ -22,7 +22,7 @@ from torch import nn
 from hyperpelt_ds import dist
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import StreamState
-from hyperpelt_ds.train import checkpoint, engine, randomness
+from hyperpelt_ds.train import checkpoint, deepspeed_json, engine, randomness
 
 CONFIG = Config().override(["train.global_batch=8", "train.micro_batch=2", "train.warmup_steps=3", "train.steps=60"])
 CONFIG = CONFIG.override(["train.learning_rate=0.01", "train.weight_decay=0.1", "data.lanes=8"])
@@ -61,7 +61,7 @@ def start(job: dict[str, Any], settings: Path) -> engine.Engine:
     groups = engine.parameter_groups(model, 0.1)
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.learning_rate_factor(CONFIG.train))
-    merged = engine.merge(settings, CONFIG, dist.world_size())
+    merged = deepspeed_json.merge(settings, CONFIG, dist.world_size())
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=merged)
     return engine.Engine(wrapped, {})
 

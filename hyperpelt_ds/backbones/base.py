@@ -15,28 +15,17 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from hyperpelt_ds import dist
-from hyperpelt_ds.backbones import attention, bart, hooks, llama, t5
-from hyperpelt_ds.backbones.family import Family
-from hyperpelt_ds.backbones.hub import cannot_load
+from hyperpelt_ds.backbones import attention, hooks
+from hyperpelt_ds.backbones.families import family_of
 from hyperpelt_ds.backbones.int8 import parts_of, quantize
 from hyperpelt_ds.backbones.prefix_form import TOKEN_ALONE, Form
 from hyperpelt_ds.backbones.ragged import ends_of
 from hyperpelt_ds.backbones.sharded import Shards, resident_bytes
 from hyperpelt_ds.backbones.slot import Slot
-from hyperpelt_ds.config import ModelConfig, ModulesConfig
+from hyperpelt_ds.config import ModulesConfig
 from hyperpelt_ds.contracts import Branch, Unmade, Weights
-
-FAMILIES = (bart.FAMILY, llama.FAMILY, t5.FAMILY)
 
 
 class Backbone:
@@ -324,77 +313,6 @@ def _plain_generation(config: Any, tokenizer: PreTrainedTokenizerBase | None) ->
         # published Marian models forbid padding too: it has a likely logit
         suppress_tokens=None if pad is None or pad in ends else [pad],
     )
-
-
-def family_of(model_type: str, where: str) -> Family:
-    """The family of a transformers model type; a ValueError lists what is supported."""
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    supported = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
-    raise ValueError(f"model.backbone: {where!r} has model type {model_type!r}; supported are {supported}")
-
-
-def load_backbone(config: ModelConfig, modules: ModulesConfig | None = None) -> Backbone:
-    """Loads a local folder or hub id, frozen unless it is to be trained, with dropout, type and checkpointing as
-    configured, and places for `modules`. Where it is to be split over several ranks, all of them call it, and those of
-    a node read it one after the other: then one of them has the whole model, for as long as it takes.
-
-    Raises ValueError for an unsupported model type, a type of numbers that the model overflows in, and one that names
-    the path where nothing can be loaded.
-    """
-    if not config.shard_backbone or dist.world_size() == 1:
-        return _load(config, modules)
-
-    def load() -> Backbone:
-        backbone = _load(config, modules)
-        backbone.shard()
-        return backbone
-
-    return dist.one_after_another(load)
-
-
-def _load(config: ModelConfig, modules: ModulesConfig | None) -> Backbone:
-    where = config.backbone
-    if not where:
-        raise ValueError("model.backbone: give a local folder or a hub id")
-    try:
-        model_config = AutoConfig.from_pretrained(where)
-        family = family_of(model_config.model_type, where)
-        if family.overflows_in_float16 and config.dtype == "float16":
-            raise ValueError(
-                f"model.dtype: activations of published {model_config.model_type} models leave the range of float16 "
-                f"and become NaN; use bfloat16 or float32"
-            )
-        if config.dropout is not None:
-            for name in family.dropout_fields:
-                setattr(model_config, name, config.dropout)
-        for name in family.no_dropout_fields:
-            setattr(model_config, name, 0.0)
-        tokenizer = family.layout.tokenizer(_tokenizer(where))
-        dtype = getattr(torch, config.dtype)
-        model = family.layout.auto_class.from_pretrained(where, config=model_config, dtype=dtype)
-    except OSError as error:
-        raise cannot_load("model.backbone", where, error) from error
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    backbone = Backbone(model, tokenizer, modules, config.train_backbone, config.prefix_form)
-    if config.quantize == "int8":
-        backbone.quantize()
-    return backbone
-
-
-def _tokenizer(where: str) -> PreTrainedTokenizerBase:
-    try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(where))
-    except TypeError as error:  # how transformers 5.24 takes a tokenizer's file that is not there
-        raise OSError(f"a file of its tokenizer is missing ({error})") from error
-
-
-def random_model(model_type: str, **fields: Any) -> Any:
-    """An untrained model of a supported type with the given configuration fields: for benchmarks and tests."""
-    layout = family_of(model_type, model_type).layout
-    return layout.auto_class.from_config(AutoConfig.for_model(model_type, **fields))
 
 
 def _cast(part: Any, dtype: torch.dtype) -> Any:

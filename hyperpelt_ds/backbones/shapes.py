@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig
 
-from hyperpelt_ds.backbones.base import family_of, random_model
+from hyperpelt_ds.backbones.families import family_of, random_model
 
 
 def _t5(layers: int, size: int, heads: int, head_size: int, hidden: int, gated: bool = False) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hyperpelt_ds.backbones.base import Backbone, family_of
+from hyperpelt_ds.backbones.base import Backbone
+from hyperpelt_ds.backbones.families import family_of
 from hyperpelt_ds.backbones.family import Family
 from hyperpelt_ds.contracts import Adapter, Batch, LowRank, Prefix, Weights
 

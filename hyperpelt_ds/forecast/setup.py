@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.train import engine
+from hyperpelt_ds.train import deepspeed_json
 
 DEFAULTS: dict[str, Any] = {
     "reduce_bucket_size": 5e8,
@@ -76,7 +76,7 @@ def read(path: str | Path, config: Config, world_size: int) -> Setup:
         raise ValueError(f"--world_size must be at least 1, got {world_size}")
     if config.model.shard_backbone:
         raise ValueError("model.shard_backbone: what ranks then exchange of the frozen backbone is not counted here")
-    tree = engine.merge(path, config, world_size)
+    tree = deepspeed_json.merge(path, config, world_size)
     zero = tree.get("zero_optimization", {})
     for name, counted in _NOT_COUNTED.items():
         if zero.get(name, counted) != counted:

@@ -1,26 +1,23 @@
 """DeepSpeed, behind one small class. Only this file and partitions.py import it or ask for the ZeRO stage.
 
-Here the recipe meets the DeepSpeed JSON, ranks find each other, and the trainables, an optimizer and a schedule become
-an engine. This file must not know what a task, a batch's content or a checkpoint's layout is.
+Here ranks find each other, and the trainables, an optimizer and a schedule become an engine. This file must not know
+what a task, a batch's content or a checkpoint's layout is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import hashlib
 import io
-import json
 import logging
 import math
 import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,45 +29,8 @@ from torch import Tensor, nn
 from hyperpelt_ds import config as configuration
 from hyperpelt_ds import dist
 from hyperpelt_ds.config import Config, TrainConfig
-from hyperpelt_ds.data import batching
-from hyperpelt_ds.data.order import lane_count
-from hyperpelt_ds.train import partitions
+from hyperpelt_ds.train import deepspeed_json, partitions
 from hyperpelt_ds.train.partitions import Snapshot
-
-# What a run may say to DeepSpeed. DeepSpeed ignores a top-level key that it does not know, so a misspelt section would
-# silently train something else. Left out on purpose: optimizer and scheduler (the recipe's), amp, elasticity, data
-# efficiency (they assume its own data loader), checkpoint (train/checkpoint.py).
-_SECTIONS = [
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "torch_autocast",
-    "data_types",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "comms_logger",
-    "flops_profiler",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "steps_per_print",
-    "dump_state",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-]
-
-_MONITORS = ["csv_monitor", "wandb", "comet", "tensorboard"]
-_PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
-"""Of the sections that need one besides DeepSpeed's own."""
-
-_PRECISION = ["bf16", "fp16", "torch_autocast", "data_types"]
-
-# For a JSON that does not mention them. DeepSpeed's own defaults are: accumulate in the model's type (bf16 loses small
-# gradients), and default process printing.
-_DEFAULTS: dict[str, Any] = {
-    "data_types": {"grad_accum_dtype": "fp32"},
-    "steps_per_print": 2**31,
-}
 
 
 def start_distributed() -> None:
@@ -94,13 +54,6 @@ def start_distributed() -> None:
     _shared_buffer().unlink(missing_ok=True)
 
 
-def computes_in_float16(settings: dict[str, Any]) -> bool:
-    """Whether merged settings ask for float16, as DeepSpeed's own mode or as autocast."""
-    autocast = settings.get("torch_autocast", {})
-    names = ("float16", "fp16", "half", "torch.float16")
-    return bool(settings.get("fp16", {}).get("enabled") or (autocast.get("enabled") and autocast.get("dtype") in names))
-
-
 def _shared_buffer() -> Path:
     """The file in memory that DeepSpeed (seen in 0.19.8) makes for a rank's shared-memory reductions on CPUs.
 
@@ -108,76 +61,6 @@ def _shared_buffer() -> Path:
     """
     run = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.rank()}"
     return Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{run}")
-
-
-def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed JSON at `path` with every "auto" filled from the recipe.
-
-    Raises ValueError for a missing or broken file, an unknown section, a section that the recipe owns, the same fact
-    given in both places with different values, full fine-tuning at ZeRO stage 3, fp16 at stage 0, offload to NVMe, and
-    a monitor without its package.
-    """
-    tree = _read(Path(path))
-    train = config.train
-    lanes = lane_count(train.global_batch, config.data.lanes)
-    accumulation = batching.accumulation(train.global_batch, train.micro_batch, lanes, world_size)
-    recipe = {
-        "train_batch_size": (train.global_batch, "train.global_batch"),
-        "train_micro_batch_size_per_gpu": (train.micro_batch, "train.micro_batch"),
-        "gradient_accumulation_steps": (accumulation, f"train.global_batch / (train.micro_batch x {world_size})"),
-        "gradient_clipping": (train.gradient_clipping, "train.gradient_clipping"),
-    }
-    for key in tree:
-        if key in ("optimizer", "scheduler"):
-            raise ValueError(f"{path}: section {key!r} is not allowed here, the recipe owns it (train.* of the config)")
-        if key not in recipe and key not in _SECTIONS + _MONITORS:
-            near = difflib.get_close_matches(key, [*recipe, *_SECTIONS, *_MONITORS], 3, 0.4) or _SECTIONS
-            raise ValueError(f"{path}: unknown key {key!r}; did you mean {', '.join(near)}?")
-    for key, (value, owner) in recipe.items():
-        given = tree.get(key, "auto")
-        if given not in ("auto", value):
-            raise ValueError(
-                f'{key}: {path} says {given!r}, the recipe says {value!r} ({owner}); write "auto" in the JSON'
-            )
-        tree[key] = value
-    stage = tree.get("zero_optimization", {}).get("stage", 0)
-    if stage == 0 and tree.get("fp16", {}).get("enabled"):
-        raise ValueError(
-            f"{path}: fp16 needs ZeRO stage 1, 2 or 3; at stage 0 DeepSpeed (0.19.8) keeps its loss scale in another "
-            f"place, which no checkpoint would hold"
-        )
-    if config.model.train_backbone and stage == 3:
-        raise ValueError(
-            f"{path}: ZeRO stage 3 cannot train the backbone (model.train_backbone): it gathers weights when "
-            f"a rank needs them, and ranks decode answers of different lengths in validation; use stage 0, 1 or 2"
-        )
-    autocast = tree.get("torch_autocast", {})
-    cast_to = str(autocast.get("dtype", "")).removeprefix("torch.")
-    if config.model.shard_backbone and autocast.get("enabled") and cast_to != config.model.dtype:
-        raise ValueError(
-            f"{path}: torch_autocast to {cast_to!r} keeps a copy in that type of every frozen weight until the "
-            f"backward pass, so that nothing is gained by model.shard_backbone; set model.dtype to the same"
-        )
-    for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
-        if not tree.get(section, {}).get(key, True):
-            raise ValueError(f"{path}: {section}.{key} must stay true: it keeps gradients that are not finite out")
-    halved = [name for name in ("bf16", "fp16") if tree.get(name, {}).get("enabled")]
-    if halved and config.transfer.train == "embeddings":
-        raise ValueError(
-            f"{path}: {halved[0]} rounds frozen weights too, so that tasks that are not trained would change "
-            f"(transfer.train='embeddings'); use torch_autocast instead"
-        )
-    for offload in ("offload_optimizer", "offload_param"):
-        if tree.get("zero_optimization", {}).get(offload, {}).get("device") == "nvme":
-            raise ValueError(
-                f"{path}: zero_optimization.{offload}.device is 'nvme', which no checkpoint holds; use 'cpu'"
-            )
-    for section, package in _PACKAGES.items():
-        if tree.get(section, {}).get("enabled") and find_spec(package) is None:
-            raise ValueError(f"{path}: section {section!r} is enabled and needs the package {package}")
-    for name in _autos(tree):
-        raise ValueError(f'{path}: {name} is "auto", but the recipe has no value for it; give one')
-    return {**_DEFAULTS, **tree}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -223,7 +106,8 @@ class Engine:
         """What DeepSpeed divides a micro-batch's loss by."""
         self._guarded = hasattr(engine.optimizer, "overflow")
         """Whether DeepSpeed itself leaves out an update that is not finite. Seen in 0.19.8: all of its own optimizers
-        do, given the settings that `merge` insists on; at stage 0 in float32 or autocast there is only torch's."""
+        do, given the settings that `deepspeed_json.merge` insists on; at stage 0 in float32 or autocast there is only
+        torch's."""
         own, self._autocast_scaler = partitions.scalers(engine)
         self.searches_scale = own is not None or self._autocast_scaler is not None
         """Whether updates are left out on purpose now and then, to find float16's loss scale."""
@@ -324,7 +208,7 @@ def start(model: nn.Module, config: Config, ds_config_path: str | Path) -> Engin
 
     Call `start_distributed` first. Raises RuntimeError on every rank if the ranks differ in configuration or weights.
     """
-    settings = merge(ds_config_path, config, dist.world_size())
+    settings = deepspeed_json.merge(ds_config_path, config, dist.world_size())
     dist.agree("the configuration", configuration.to_dict(config))
     dist.agree(f"the DeepSpeed configuration {ds_config_path}", settings)
     dist.agree("the initial weights", _fingerprint(model))
@@ -333,14 +217,14 @@ def start(model: nn.Module, config: Config, ds_config_path: str | Path) -> Engin
     # The schedule must be handed over here: one that the engine does not know is not saved with it.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(train))
     # Kept from the engine, which would write figures of its own and wait for the device in every micro-batch.
-    monitors = {key: settings.pop(key) for key in _MONITORS if key in settings}
+    monitors = {key: settings.pop(key) for key in deepspeed_json.MONITORS if key in settings}
     try:
         engine, *_ = _deepspeed().initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
         monitor = _monitor(monitors)
     except ValidationError as error:  # what DeepSpeed's own sections say of an unknown or ill-typed key
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ValueError(f"{ds_config_path}: {faults}") from None
-    return Engine(engine, {key: settings[key] for key in _PRECISION if key in settings}, monitor)
+    return Engine(engine, {key: settings[key] for key in deepspeed_json.PRECISION if key in settings}, monitor)
 
 
 def _monitor(sections: dict[str, Any]) -> Monitor | None:
@@ -378,26 +262,6 @@ def _free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"DeepSpeed configuration {path}: no such file")
-    try:
-        tree = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"DeepSpeed configuration {path}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"DeepSpeed configuration {path}: expected an object, got {type(tree).__name__}")
-    return tree
-
-
-def _autos(tree: dict[str, Any], where: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if value == "auto":
-            yield where + key
-        elif isinstance(value, dict):
-            yield from _autos(value, f"{where}{key}.")
 
 
 def _norm(model: nn.Module) -> Tensor:

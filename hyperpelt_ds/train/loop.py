@@ -26,7 +26,18 @@ from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.plain import PlainStream, train_stream
 from hyperpelt_ds.model import IDENTITY, HyperPELT, build, description_sample, identity_of
-from hyperpelt_ds.train import agreement, checkpoint, crash, engine, outcome, randomness, steps, supervision, transfer
+from hyperpelt_ds.train import (
+    agreement,
+    checkpoint,
+    crash,
+    deepspeed_json,
+    engine,
+    outcome,
+    randomness,
+    steps,
+    supervision,
+    transfer,
+)
 from hyperpelt_ds.train.checkpoint import Progress, Saver
 from hyperpelt_ds.train.control import RollBack
 from hyperpelt_ds.train.engine import Engine
@@ -64,12 +75,12 @@ def prepare(config: Config, ds_config: Path, folder: Path) -> Ready:
     """Joins the ranks, reads, builds and compares; writes nothing. The weights are those of a run that begins."""
     manifest = Manifest.of(config.data)
     config = resolve(config, manifest)
-    settings = engine.merge(ds_config, config, dist.world_size())  # for its errors, before minutes of loading
+    settings = deepspeed_json.merge(ds_config, config, dist.world_size())  # for its errors, before minutes of loading
     engine.start_distributed()
     agreement.check_versions()
     dist.agree("the data", manifest.digest)
     model = build(config, config.data.tasks).to_device(dist.device())
-    if model.backbone.overflows_in_float16 and engine.computes_in_float16(settings):
+    if model.backbone.overflows_in_float16 and deepspeed_json.computes_in_float16(settings):
         log.warning(
             "%s asks for float16, whose range the activations of published T5 models leave: expect NaN, use bfloat16",
             ds_config,
