@@ -11,7 +11,6 @@ import test_launch
 import transformers
 from conftest import overrides
 
-from hyperpelt_ds import recipes
 from hyperpelt_ds.counts import estimate
 from hyperpelt_ds.study import cells, costs, plan, report, runner
 from hyperpelt_ds.study.plan import METHODS, Cell, Suite
@@ -35,7 +34,7 @@ def trainables(tmp_path_factory) -> dict[str, int]:
         decoder_attention_heads=8, encoder_ffn_dim=1536, decoder_ffn_dim=1536, pad_token_id=0, eos_token_id=1,
         decoder_start_token_id=0, share_encoder_decoder_embeddings=True,
     ).save_pretrained(folder)  # fmt: skip
-    base = recipes.get(plan.RECIPE).override([f"model.backbone={folder}", f"data.tasks={','.join(plan.TASKS)}"])
+    base = plan.base().override([f"model.backbone={folder}", f"data.tasks={','.join(plan.TASKS)}"])
     return {name: estimate(base.override(method.settings)).trainable for name, method in METHODS.items()}
 
 
@@ -82,7 +81,7 @@ def test_every_cell_has_one_name_valid_settings_and_its_promised_seeds():
     assert {cell.name.split("/")[0] for cell in known} == set(plan.GROUPS)
     for cell in known:
         if not cell.start:
-            recipes.get(plan.RECIPE).override(cell.settings)
+            plan.base().override(cell.settings)
     names = {cell.name for cell in known}
     for name, method in METHODS.items():
         assert {plan.core_name(name, not method.knows_task, seed) for seed in range(method.seeds)} <= names

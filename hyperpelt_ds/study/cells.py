@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hyperpelt_ds import recipes, tasks
+from hyperpelt_ds import tasks
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.manifest import Manifest
@@ -67,11 +67,9 @@ def run(cell: Cell, folder: Path) -> Record:
 
 def configured(cell: Cell, folder: Path) -> Config:
     """The cell's configuration: the recipe's, or that of the run that it starts from, with its settings."""
-    if cell.start:
-        base = transfer.from_run(folder / cell.start, [cell.new_task], None, cell.train)
-    else:
-        base = recipes.get(plan.RECIPE)
-    return base.override(cell.settings)
+    if not cell.start:
+        return plan.base().override(cell.settings)
+    return transfer.from_run(folder / cell.start, [cell.new_task], None, cell.train).override(cell.settings)
 
 
 def test_samples(manifest: Manifest, task: str) -> list[Sample]:

@@ -10,9 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hyperpelt_ds import recipes
+from hyperpelt_ds.config import Config
+
 GROUPS = ("grid", "search", "core", "image", "ablation", "transfer", "description")
 """What the names of cells begin with."""
-RECIPE = "demo"
+_BASE = (
+    "modules.kinds=prefix,adapter",
+    "modules.prefix_length=8",
+    "modules.bottleneck=32",
+    "hypernet.hyper_size=64",
+    "hypernet.hyper_scale=1.0",
+)
+"""What of the demo's modules and generator the plan was made with; its recipe has followed what was found since."""
 DS_CONFIG = "ds_configs/zero2_cpu.json"
 
 MARGIN = 0.01
@@ -192,6 +202,11 @@ class Cell:
     train: str = "all"
     describes: bool = False
     """Whether `scored` are tasks that were never trained and are only described."""
+
+
+def base() -> Config:
+    """What the settings of cells are put over."""
+    return recipes.get("demo").override(_BASE)
 
 
 def small(validation: Mapping[str, float]) -> list[Cell]:

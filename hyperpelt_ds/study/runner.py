@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hyperpelt_ds import recipes
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.study import cells, plan, references, report
 from hyperpelt_ds.study.cells import Record
@@ -96,7 +95,7 @@ def missing(suite: Suite, records: dict[str, Record], only: Sequence[str] = ()) 
 def _head(suite: Suite, out: Path, records: dict[str, Record]) -> None:
     """What is recorded before any cell: the data, which test samples belong to one item, and the rows that no model
     makes. Compared with what is there already."""
-    manifest = Manifest.of(recipes.get(plan.RECIPE).override(suite.data).data)
+    manifest = Manifest.of(plan.base().override(suite.data).data)
     places: dict[str, int] = {}
     items = {}
     groups = {}
