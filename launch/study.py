@@ -47,6 +47,7 @@ def study(
     os.environ["DS_ACCELERATOR"], os.environ["TOKENIZERS_PARALLELISM"] = "cpu", "false"
     from hyperpelt_ds.study import costs, plan, runner
     from hyperpelt_ds.study import report as page
+    from hyperpelt_ds.study.records import image_scores
 
     if suite not in plan.SUITES:
         raise ValueError(f"--suite: unknown suite {suite!r}; there is {', '.join(plan.SUITES)}")
@@ -71,7 +72,7 @@ def study(
     lines = [json.loads(line) for file in files if file.is_file() for line in file.read_text().splitlines()]
     target.write_text(page.write(found, lines))
     figure = target.parent / costs.FIGURE
-    drawn = costs.image_figure(page.image_scores(found), lines)
+    drawn = costs.image_figure(image_scores(found), lines)
     if drawn:
         figure.parent.mkdir(parents=True, exist_ok=True)
         figure.write_text(drawn)

@@ -12,7 +12,8 @@ import transformers
 from conftest import overrides
 
 from hyperpelt_ds.counts import estimate
-from hyperpelt_ds.study import cells, costs, plan, report, runner
+from hyperpelt_ds.study import cells, claims, costs, plan, report, runner
+from hyperpelt_ds.study import records as chosen
 from hyperpelt_ds.study.plan import METHODS, Cell, Suite
 from hyperpelt_ds.study.statistics import Bootstrap, Figure, point, verdict
 
@@ -234,7 +235,7 @@ def test_a_broken_line_is_named(tmp_path):
 
 def _record(name: str, mean: float, random: np.random.Generator) -> dict:
     scores = {task: cells.pack((random.random(50) < mean).astype(float)) for task in plan.TASKS}
-    controls = {task: {"task": cells.pack([0.0, 1.0])} for task in plan.TASKS}
+    controls = {task: {name: cells.pack([0.0, 1.0] + [0.0] * 8) for name in ("task", "image")} for task in plan.TASKS}
     return {
         "cell": name,
         "validation": mean,
@@ -252,7 +253,7 @@ def records() -> dict[str, dict]:
     found: dict[str, dict] = {"": head | {"packages": {"torch": "1"}, "groups": {"easy_vqa": ["shape", "yes_no"] * 25}}}
     found |= {name: _record(name, score, random) for name, score in GRID.items()}
     for method, mean in ((plan.OWN, 0.7), ("hyperpelt", 0.69), ("shared_adapter", 0.4), ("full", 0.72)):
-        for name in report.seeds_of(method, not METHODS[method].knows_task):
+        for name in chosen.seeds_of(method, not METHODS[method].knows_task):
             found[name] = _record(name, mean, random)
     return found
 
@@ -262,24 +263,59 @@ def test_the_page_has_the_records_own_figures_and_says_what_is_missing(records):
     rows: dict[str, list[str]] = {}
     for line in page[page.index("## The comparison") :].splitlines():
         rows.setdefault(line.split(" | ")[0].strip("| *"), line.split(" | "))
-    own = report.scores_of(records, report.seeds_of(plan.OWN, False))
+    own = chosen.scores_of(records, chosen.seeds_of(plan.OWN, False))
     row = rows["HyperPELT, adapters only, task not named"]
     assert [float(cell) for cell in row[3:8]] == pytest.approx([own[task].mean() for task in plan.TASKS], abs=6e-4)
     assert row[2] == "5 of 5" and rows["adapter, shared by all tasks, task named"][10].strip(" |") == "better"
-    full = report.scores_of(records, report.seeds_of("full", True))
+    full = chosen.scores_of(records, chosen.seeds_of("full", True))
     assert f"reaches {100 * point(own) / point(full):.1f} % of full" in page
     assert "HyperPELT with prefixes minus each other row that is judged: HyperPELT, adapters only -0.0" in page
     assert "not finished" in page and page.count("Not run yet.") >= 2
     assert f"{len(records) - 1} of {len(plan.small(GRID))} runs" in page
 
 
+def _states(records: dict[str, dict], measured: list[dict]) -> list[str]:
+    boot = Bootstrap({task: records[""]["items"][task] for task in plan.TASKS}, 200, 0.95)
+    rows = claims.table(records, boot, measured).splitlines()[4:]
+    assert [row[2] for row in rows] == list("1234")
+    return [row.split(" | ")[1] for row in rows]
+
+
+def test_a_claim_is_refuted_by_any_of_its_findings_and_decided_only_by_all(records):
+    random = np.random.default_rng(2)
+    measured = [
+        {"system": costs.SYSTEMS[way], "metric": "train_step_s", "ratio": ratio}
+        for way, ratio in (("tokens", 1.6), ("weights", 1.3))
+    ]
+    assert _states(records, measured) == ["not decided yet", "not refuted", "not decided yet", "not decided yet"]
+    records["references"] = {"cell": "references", "scores": {"oracle": {"question": cells.pack([0.0, 1.0])}}}
+    known = plan.small(GRID)
+    for cell in known:
+        if cell.name.split("/")[0] in ("core", "image", "transfer") and cell.name not in records:
+            records[cell.name] = _record(cell.name, 0.3 if cell.name.startswith("core") else 0.5, random)
+        if cell.name.startswith("transfer/all/"):
+            records[cell.name] = _record(cell.name, 0.8, random)
+    assert _states(records, measured) == ["not refuted", "not refuted", "not refuted", "not refuted"]
+    for cell in known:
+        if cell.name.startswith(("image/tokens/", "core/mam/")):
+            records[cell.name] = _record(cell.name, 0.9, random)
+        if cell.name.startswith(("transfer/scratch/", "transfer/all/")):
+            records[cell.name] = _record(cell.name, 0.5, random)
+    for name in chosen.seeds_of(plan.OWN, False):
+        records[name]["controls"]["movie_sentiment"]["task"] = cells.pack([1.0, 1.0, 1.0])
+    dearer = _states(records, measured)
+    assert dearer == ["**refuted**", "**refuted**", "not refuted", "**refuted**"], "better at a price is a trade"
+    measured[0]["ratio"] = 1.3
+    assert _states(records, measured)[2] == "**refuted**"
+
+
 def test_a_method_is_judged_by_the_form_that_validation_prefers(records):
     random = np.random.default_rng(1)
-    assert report.judged_form(records, "full") is True
-    for name in report.seeds_of("full", False):
+    assert chosen.judged_form(records, "full") is True
+    for name in chosen.seeds_of("full", False):
         records[name] = _record(name, 0.9, random)
-    assert report.judged_form(records, "full") is False
-    assert report.judged_form(records, "mam") is None
+    assert chosen.judged_form(records, "full") is False
+    assert chosen.judged_form(records, "mam") is None
 
 
 def test_the_command_names_what_is_wrong(call, tmp_path):
@@ -300,7 +336,7 @@ def test_cost_stands_beside_score_and_the_figure_has_a_point_for_every_way_that_
          "hardware": "h", "threads": 1}
         for i, system in enumerate(costs.SYSTEMS.values()) for metric in costs.METRICS
     ]  # fmt: skip
-    page, scores = report.write(records, lines), report.image_scores(records)
+    page, scores = report.write(records, lines), chosen.image_scores(records)
     assert list(scores) == ["weights"] and f"| weights | {scores['weights']:.3f} | 1.50x" in page
     drawn = costs.image_figure(scores, lines)
     assert drawn.count("<circle") == 1 and f"weights {scores['weights']:.3f}" in drawn

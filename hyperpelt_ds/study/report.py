@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hyperpelt_ds.study import costs, plan, references
-from hyperpelt_ds.study.cells import Record, unpack
+from hyperpelt_ds.study import claims, costs, plan, references
+from hyperpelt_ds.study.cells import unpack
 from hyperpelt_ds.study.costs import markdown
 from hyperpelt_ds.study.plan import METHODS, Cell, core_name
-from hyperpelt_ds.study.statistics import Bootstrap, Figure, Scores, point, verdict
+from hyperpelt_ds.study.records import (
+    VISION_TASKS,
+    Records,
+    image_scores,
+    judged_form,
+    recorded,
+    scores_of,
+    seeds_of,
+    validation,
+)
+from hyperpelt_ds.study.statistics import Bootstrap, Scores, interval, point, verdict
 
-Records = Mapping[str, Record]
-VISION_TASKS = ("easy_vqa", "shape_caption")
 _SHORT = {
     "movie_sentiment": "sentiment",
     "movie_rating": "rating",
@@ -36,6 +44,7 @@ def write(records: Records, measured: Sequence[costs.Line] = ()) -> str:
     known = plan.small(validation(records))
     parts = [
         _head(records, known, "small"),
+        claims.table(records, boot, measured),
         _rates(records),
         _core(records, boot),
         _identity(records),
@@ -72,8 +81,8 @@ def write_extended(records: Records) -> str:
                 f"{records[found[0]]['trainable'] / 1e6:.2f} M",
                 f"{len(found)} of {len(names)}",
                 *(_score(float(scores[task].mean())) for task in tasks),
-                _interval(boot.mean(scores)),
-                _interval(difference, signed=True) if difference else "",
+                interval(boot.mean(scores)),
+                interval(difference, signed=True) if difference else "",
                 verdict(difference, plan.MARGIN) if difference else "",
             ]
         )
@@ -84,41 +93,6 @@ def write_extended(records: Records) -> str:
         f"rates as the small suite found them. Exact match, for names token F1. The method: {METHODS[plan.OWN].title}."
     )
     return "\n\n".join([_head(records, known, "extended"), said, markdown(header, rows)]) + "\n"
-
-
-def validation(records: Records) -> dict[str, float]:
-    """Validation scores of the recorded cells."""
-    return {name: record["validation"] for name, record in records.items() if "validation" in record}
-
-
-def scores_of(records: Records, names: Iterable[str], tasks: Sequence[str] = plan.TASKS) -> Scores | None:
-    """task -> (seeds, N) of the named cells; None if one of them is missing."""
-    found = [records.get(name) for name in names]
-    if not found or any(record is None for record in found):
-        return None
-    return {task: np.stack([unpack(record["scores"][task]) for record in found if record]) for task in tasks}
-
-
-def recorded(records: Records, names: Sequence[str]) -> list[str]:
-    return [name for name in names if name in records]
-
-
-def seeds_of(method: str, named: bool) -> list[str]:
-    """The cells of a method in one form."""
-    own = METHODS[method]
-    natural = named != own.knows_task
-    return [core_name(method, named, seed) for seed in range(own.seeds if natural else plan.OTHER_SEEDS)]
-
-
-def judged_form(records: Records, method: str) -> bool | None:
-    """Whether the method is judged with its task named: the form with the higher mean validation score of those that
-    were run; None if neither was run whole."""
-    means = {}
-    for named in (False, True):
-        names = seeds_of(method, named)
-        if all(name in records for name in names):
-            means[named] = statistics.mean(records[name]["validation"] for name in names)
-    return max(means, key=lambda named: means[named]) if means else None
 
 
 def _head(records: Records, known: Sequence[Cell], suite: str) -> str:
@@ -186,8 +160,8 @@ def _core(records: Records, boot: Bootstrap) -> str:
                     f"{records[names[0]]['trainable'] / 1e6:.2f} M",
                     f"{len(names)} of {len(seeds_of(name, named))}",
                     *(_score(float(scores[task].mean())) for task in plan.TASKS),
-                    _interval(mean),
-                    _interval(difference, signed=True) if difference else "",
+                    interval(mean),
+                    interval(difference, signed=True) if difference else "",
                     decided,
                 ]
             )
@@ -202,7 +176,7 @@ def _core(records: Records, boot: Bootstrap) -> str:
     )
     lines.append(markdown(header, rows))
     lines += [*_against_full(records, own), *_by_group(records), _oracle(records), _with_prefixes(records, boot)]
-    worse = [f"{title} ({_interval(d, signed=True)})" for title, d, decided in judged if decided == "worse"]
+    worse = [f"{title} ({interval(d, signed=True)})" for title, d, decided in judged if decided == "worse"]
     undecided = [title for title, _, decided in judged if decided == "undecided"]
     if judged:
         lines.append(f"The method is worse than: {'; '.join(worse) or 'none of the judged rows'}.")
@@ -235,7 +209,7 @@ def _with_prefixes(records: Records, boot: Bootstrap) -> str:
         other = scores_of(records, seeds_of(name, form)) if form is not None and name != "hyperpelt" else None
         if other is not None:
             difference = boot.difference(own, other)
-            found.append(f"{method.title} {_interval(difference, signed=True)}: {verdict(difference, plan.MARGIN)}")
+            found.append(f"{method.title} {interval(difference, signed=True)}: {verdict(difference, plan.MARGIN)}")
     return f"{METHODS['hyperpelt'].title} with prefixes minus each other row that is judged: {'; '.join(found)}."
 
 
@@ -263,7 +237,7 @@ def _reference_rows(records: Records, boot: Bootstrap, tasks: Sequence[str] = pl
         packed = records[references.NAME]["scores"][name]
         scores = {task: unpack(packed[task])[None] for task in tasks}
         each = [_score(float(scores[task].mean())) for task in tasks]
-        rows.append([f"*{title}*", "", "", *each, _interval(boot.mean(scores)), "", ""])
+        rows.append([f"*{title}*", "", "", *each, interval(boot.mean(scores)), "", ""])
     return rows
 
 
@@ -329,22 +303,14 @@ def _variants(records: Records, boot: Bootstrap, group: str, title: str, names: 
                 f"{records[found[0]]['trainable'] / 1e6:.2f} M",
                 f"{len(found)} of {plan.SEEDS}",
                 *(_score(float(scores[task].mean())) for task in plan.TASKS),
-                _interval(boot.mean(scores)),
-                _interval(difference, signed=True) if difference else "",
+                interval(boot.mean(scores)),
+                interval(difference, signed=True) if difference else "",
                 verdict(difference, plan.MARGIN) if difference else "",
             ]
         )
     header = ["variant", "trained", "seeds", *(_SHORT[task] for task in plan.TASKS), "mean [95 %]"]
     header += ["minus the method", "it is"]
     return f"## {title}\n\n{markdown(header, rows)}"
-
-
-def image_scores(records: Records) -> dict[str, float]:
-    """How the image enters -> the mean score of the tasks with images, for the ways that were run."""
-    ways = {"weights": [core_name(plan.OWN, False, seed) for seed in range(plan.SEEDS)]}
-    ways |= {way: [f"image/{way}/seed{seed}" for seed in range(plan.SEEDS)] for way in plan.IMAGE_WAYS}
-    found = {way: scores_of(records, recorded(records, names), VISION_TASKS) for way, names in ways.items()}
-    return {way: point(scores) for way, scores in found.items() if scores}
 
 
 def _transfer(records: Records) -> str:
@@ -396,8 +362,3 @@ def _mean_and_error(values: Sequence[float]) -> str:
 
 def _score(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _interval(figure: Figure, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{figure.value:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from hyperpelt_ds.data.manifest import Manifest
-from hyperpelt_ds.study import cells, plan, references, report
+from hyperpelt_ds.study import cells, plan, references
 from hyperpelt_ds.study.cells import Record
 from hyperpelt_ds.study.plan import Cell, Suite
+from hyperpelt_ds.study.records import validation
 
 CELLS_A_PROCESS = 12
 """A process is then replaced: starting one costs ten seconds, and what engines leave behind goes with it."""
@@ -42,9 +43,7 @@ def run(suite: Suite, out: Path, folder: Path, jobs: int, minutes: float = 0, on
             todo = [cell for cell in missing(suite, records, only) if cell not in running.values()]
             late = minutes and time.monotonic() - began > 60 * minutes
             for cell in todo[: jobs - len(running)] if not late else []:
-                start = next(
-                    (other for other in suite.cells(report.validation(records)) if other.name == cell.start), None
-                )
+                start = next((other for other in suite.cells(validation(records)) if other.name == cell.start), None)
                 if start is not None and not (folder / start.name / "LATEST").is_file():
                     if start in running.values():
                         continue
@@ -81,7 +80,7 @@ def read(out: Path) -> dict[str, Record]:
 
 def missing(suite: Suite, records: dict[str, Record], only: Sequence[str] = ()) -> list[Cell]:
     """The cells that are known and not recorded; ValueError for a record that was made with other settings."""
-    known = suite.cells(report.validation(records))
+    known = suite.cells(validation(records))
     for cell in known:
         if cell.name in records and records[cell.name]["made_with"] != cells.fingerprint(cell):
             raise ValueError(f"the record of {cell.name} was made with other settings than the plan has now; delete it")

@@ -76,3 +76,9 @@ def verdict(difference: Figure, margin: float) -> str:
     if difference.value <= -margin and difference.high < 0:
         return "worse"
     return "undecided"
+
+
+def interval(figure: Figure, signed: bool = False) -> str:
+    """An estimate and its interval as text."""
+    sign = "+" if signed else ""
+    return f"{figure.value:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
