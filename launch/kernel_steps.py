@@ -64,7 +64,7 @@ def actions(step: Step, device: str, dtype: Any) -> tuple[dict[str, Callable[[],
     config = Config().override([*sizes, *(VISION if step.images else ())])
     backbone = Backbone(copy.deepcopy(plain), None, config.modules)
     model = HyperPELT(config, backbone, [f"task{n}" for n in range(8)])
-    model.to_device(torch.device(device)).train()
+    model.to_device(torch.device(device)).to(dtype).train()  # as DeepSpeed's bf16 has it
     batch = _batch(step).to(torch.device(device))
     frozen = plain.to(device).requires_grad_(False).train()
 
