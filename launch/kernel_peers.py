@@ -7,7 +7,10 @@ from typing import Any
 
 PEERS = (
     "gather",
+    "eager_bmm",
+    "generation",
     "compiled",
+    "graph",
     "grouped_mm",
     "block",
     "loop_task",
@@ -17,14 +20,20 @@ PEERS = (
     "chunked",
     "peft_mixed_batch",
 )
-DEFAULT_PEERS = tuple(name for name in PEERS if name != "compiled")
+DEFAULT_PEERS = tuple(name for name in PEERS if name not in ("compiled", "graph"))
+LOOPED = ("loop_task", "loop_example", "per_token")
+"""Not for batches of more than 64 samples: they would take most of a run's time."""
+
+EACH_SITE = ("block", "eager_bmm", "loop_task", "loop_example")
+"""They generate weights site by site."""
 
 
 def systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[str, Callable[[], None]]:
     """One forward and backward pass through all sites of a case, for every system that can run it."""
     import torch
+    from gpu_profile import captured
 
-    from hyperpelt_ds.kernels import generate, index_batch
+    from hyperpelt_ds.kernels import generate
     from hyperpelt_ds.kernels.adapter import bind
     from hyperpelt_ds.kernels.generate import sites_at_once, unpack
     from hyperpelt_ds.kernels.regenerate import later
@@ -38,7 +47,7 @@ def systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[
     weight = draw(case.parameters, case.hyper, std=(case.hyper * case.size) ** -0.5)
     bias, scale = draw(case.parameters, std=0.0), draw(case.sites)
     leaves = (x, hyper, weight, bias, scale)
-    users = index_batch(case.ids, groups=case.groups, device=device)
+    users = _users(case, device)
 
     def all_sites(body: Callable[..., Any]) -> Callable[[], None]:
         def step() -> None:
@@ -63,6 +72,10 @@ def systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[
             y = bind([part._replace(users=users)], "relu")(y, y)
         _backward(y, leaves)
 
+    def generation() -> None:
+        with torch.no_grad():
+            generate(hyper, weight, bias)
+
     shapes = ((case.size, case.bottleneck), (case.bottleneck,), (case.bottleneck, case.size), (case.size,))
     at_once = sites_at_once(hyper.shape, share=0.0)
     bodies = _bodies(case, users, shapes)
@@ -71,13 +84,17 @@ def systems(case: Any, names: tuple[str, ...], device: str, dtype: Any) -> dict[
     for name in names:
         if name == "chunked" and at_once < case.sites:
             made[name] = chunked
-        if name in ("chunked", "peft_mixed_batch"):
+        elif name == "generation":
+            made[name] = generation
+        elif name == "graph" and device == "cuda":
+            made[name] = captured(all_sites(bodies["ours"]))
+        if name not in bodies or (name in LOOPED and case.samples > 64):
             continue
         if name == "per_token" and repeated > (64 << 30 if device == "cuda" else 1 << 30):
             continue
         if name == "loop_task" and not case.conditions:
             continue
-        made[name] = (each_site if name in ("block", "loop_task", "loop_example") else all_sites)(bodies[name])
+        made[name] = (each_site if name in EACH_SITE else all_sites)(bodies[name])
     return made
 
 
@@ -108,6 +125,11 @@ def _bodies(case: Any, users: Any, shapes: Any) -> dict[str, Callable[..., Any]]
 
     def gather(x: Any, *made: Any) -> Any:
         return adapter(x, x, [SiteAdapter._make((*made, users, None, None))], "relu", backend="reference")
+
+    def eager_bmm(x: Any, hyper: Any, weight: Any, bias: Any, scale: Any) -> Any:
+        down, down_bias, up, up_bias = unpack(F.linear(hyper.index_select(0, rows), weight, bias), shapes)
+        h = torch.relu(torch.bmm(x, down) + down_bias.unsqueeze(1))
+        return x + scale * (torch.bmm(h, up) + up_bias.unsqueeze(1))
 
     def grouped_mm(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any, scale: Any) -> Any:
         flat, stops = x.flatten(0, 1), ends * case.tokens
@@ -142,6 +164,7 @@ def _bodies(case: Any, users: Any, shapes: Any) -> dict[str, Callable[..., Any]]
     return dict(
         ours=ours,
         gather=gather,
+        eager_bmm=eager_bmm,
         half_padded=half_padded,
         compiled=torch.compile(gather, dynamic=False),
         grouped_mm=grouped_mm,
@@ -157,7 +180,7 @@ def low_rank_systems(case: Any, names: tuple[str, ...], device: str, dtype: Any)
     import torch
     from torch import nn
 
-    from hyperpelt_ds.kernels import index_batch, low_rank
+    from hyperpelt_ds.kernels import low_rank
     from hyperpelt_ds.kernels.low_rank import SiteLowRank
 
     generator = torch.Generator().manual_seed(0)
@@ -168,7 +191,7 @@ def low_rank_systems(case: Any, names: tuple[str, ...], device: str, dtype: Any)
     size, rank = case.size, case.rank
     x, base = draw(case.samples, case.tokens, size), nn.Linear(size, size).to(device, dtype).requires_grad_(False)
     down, up = draw(case.groups, size, rank), draw(case.groups, rank, size)
-    users = index_batch(case.ids, groups=case.groups, device=device)
+    users = _users(case, device)
     rows = users.ids.long()
 
     def ours() -> Any:
@@ -200,6 +223,17 @@ def _peft_layer(base: Any, down: Any, up: Any) -> Any:
             layer.lora_A[str(number)].weight.copy_(down[number].T)
             layer.lora_B[str(number)].weight.copy_(up[number].T)
     return layer.to(down).eval()
+
+
+def _users(case: Any, device: str) -> Any:
+    """The index that a model has: made where the batch is."""
+    import torch
+
+    from hyperpelt_ds.kernels.index import index_batch, index_on_device
+
+    if device == "cpu":
+        return index_batch(case.ids, groups=case.groups)
+    return index_on_device(torch.tensor(case.ids, device=device), case.groups)
 
 
 def _through(body: Callable[..., Any], x: Any, sites: Any) -> Any:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from adapter_cases import ACTIVATIONS, batches, by_formula, draw_adapter, error, leaves, make
 from hypothesis import given, settings
+from tiny import tiny_batch, tiny_hypernet, tiny_model, tiny_modules
 from torch import library
 
-from hyperpelt_ds.kernels import adapter, index_batch
+from hyperpelt_ds.backbones import Backbone
+from hyperpelt_ds.kernels import adapter, dispatch, index_batch
 from hyperpelt_ds.kernels.adapter import fused
 from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError, KernelUnavailableError
 
@@ -174,6 +176,20 @@ def test_autocast_and_checkpointing():
     again = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
     for a, b in zip(torch.autograd.grad(run(x).sum(), inputs), torch.autograd.grad(again.sum(), inputs), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "llama"])
+def test_a_model_has_the_same_loss_and_gradients_with_every_backend(kind, monkeypatch):
+    outcomes = []
+    for backend in ("reference", "torch", "triton"):
+        monkeypatch.setattr(dispatch, "choose", lambda *_, own=backend: own)
+        backbone = Backbone(tiny_model(kind), None, tiny_modules(bottleneck=8))
+        network, batch = tiny_hypernet(backbone), tiny_batch(backbone.model)
+        logits = backbone.forward(network(batch), batch.input_ids, batch.attention_mask, batch.labels, batch.targets)
+        logits.logsumexp(-1).sum().backward()
+        outcomes.append([logits, *(parameter.grad for parameter in network.parameters() if parameter.grad is not None)])
+    for other in outcomes[1:]:
+        assert all(error(one, two) < 1e-5 for one, two in zip(other, outcomes[0], strict=True))
 
 
 def test_a_second_derivative_names_the_backend_that_has_one():

@@ -42,6 +42,7 @@ NOT_RUN = {
     ("data.md", "--recipe glue_t5_base"): "T5's weights, and GPUs",
     ("data.md", "--weights default"): "an encoder's weights from the network",
     ("export.md", "runs/lora_t5_base"): "a run of T5; tests/test_export.py has a tiny one",
+    ("kernels.md", "--suite gpu10"): "a GPU's suite: minutes on one, hours without",
     ("large_backbones.md", "model.quantize=int8"): "needs torchao; tests/test_int8.py",
     ("recipes.md", ""): "official data and weights, and GPUs; tests/test_recipes.py trains each recipe on a tiny model",
     ("study.md", ""): "fetches packages, and takes twelve hours of a core",

@@ -7,11 +7,11 @@ import torch
 from adapter_cases import ACTIVATIONS, batches, by_formula, draw_adapter, error, leaves, make
 from hypothesis import given, settings
 
-from hyperpelt_ds.kernels import adapter, index_batch, low_rank
+from hyperpelt_ds.kernels import adapter, dispatch, index_batch, low_rank
 from hyperpelt_ds.kernels.adapter import SiteAdapter
 from hyperpelt_ds.kernels.cases import ADAPTER_CASES, LOW_RANK_CASES, PREFIX_CASES, SUITES
 from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError, KernelUnavailableError
-from hyperpelt_ds.kernels.index import Span, index_on_device
+from hyperpelt_ds.kernels.index import Span, copied, index_on_device
 from hyperpelt_ds.kernels.low_rank import SiteLowRank
 
 
@@ -57,6 +57,28 @@ def test_float32_stays_within_a_millionth_on_the_shapes_that_are_timed(case):
         assert error(actual, wanted) < 1e-6
     # the sum of dy (y - residual) cancels to near nothing, so that it is measured by what was added up
     assert abs(scale - gradients[-1]) < 1e-6 * dy.norm() * (expected - residual).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "ids", [[0] * 16, [n // 4 for n in range(16)], [n % 4 for n in range(16)], [*range(16)]], ids=str
+)
+def test_in_half_precision_errors_are_at_most_a_quarter_above_the_reference_s(ids, dtype):
+    """Of everything but the scales' gradients: one number each, of terms that cancel, and near by luck or not."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual, dy = (torch.randn(16, 9, 96, generator=generator).to(dtype) for _ in range(3))
+    parts = [draw_adapter(generator, own, max(own) + 1, 96, 24, dtype, packed=True) for own in (ids, [0] * 16)]
+    inputs = leaves(x.requires_grad_(), residual.requires_grad_(), parts)
+    errors = []
+    expected, gradients = by_formula(x, residual, parts, "gelu_new", dy)
+    wanted = [expected, *gradients]
+    for backend in ("torch", "reference"):
+        y = adapter(x, residual, parts, "gelu_new", backend=backend)
+        errors.append([error(*pair) for pair in zip([y, *torch.autograd.grad(y, inputs, dy)], wanted, strict=True)])
+    with torch.no_grad():  # another way through the same slices
+        assert error(adapter(x, residual, parts, "gelu_new", backend="torch"), expected) <= 1.25 * errors[1][0]
+    for ours, theirs, of in zip(*errors, wanted, strict=True):
+        assert of.numel() == 1 or ours <= 1.25 * theirs
 
 
 def test_what_needs_no_gradient_gets_none_and_the_rest_is_the_same():
@@ -162,6 +184,19 @@ def test_spans_are_slices_of_weights_and_samples(ids, spans, permuted):
     assert list(found.spans) == [Span(*span) for span in spans] and found.permuted == permuted
 
 
+def test_copies_of_weights_give_them_the_sum_of_their_gradients_and_have_second_ones():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 2, 2, generator=generator, dtype=torch.float64).requires_grad_()
+    condition = torch.tensor([2, 0, 2, 0])
+    given = torch.randn(4, 2, 2, generator=generator, dtype=torch.float64)
+    found, wanted = (
+        torch.autograd.grad(made, weights, given)[0]
+        for made in (copied(weights, condition), weights.index_select(0, condition))
+    )
+    assert torch.allclose(found, wanted) and (found[1] == 0).all()
+    assert torch.autograd.gradgradcheck(lambda w: copied(w, condition), weights)
+
+
 def test_bad_arguments_are_refused_by_name():
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -183,6 +218,15 @@ def test_bad_arguments_are_refused_by_name():
         adapter(x[0], residual, [part], "relu")
     with pytest.raises(KernelShapeError, match=r"deltas\[0\]\.users"):
         low_rank(x, residual, [SiteLowRank(part.down, part.up, index_batch([0]))])
+    for wrong, kind, name in (
+        (SiteLowRank(part.down, part.up[..., :2], part.users), KernelShapeError, r"deltas\[0\]\.up: expected .*3, 4"),
+        (SiteLowRank(part.down[:, 1:], part.up, part.users), KernelShapeError, r"deltas\[0\]\.down"),
+        (SiteLowRank(part.down, part.up.float(), part.users), KernelDtypeError, r"deltas\[0\]\.up.*float64"),
+    ):
+        with pytest.raises(kind, match=name):
+            low_rank(x, residual, [wrong])
+    with pytest.raises(KernelShapeError, match="x and output"):
+        low_rank(x, residual[:, :2], [SiteLowRank(part.down, part.up, part.users)])
     for ids, message in (([0, 2], r"ids\[1\] is 2"), ([-2, 0], r"ids\[0\] is -2")):
         with pytest.raises(KernelShapeError, match=message):
             index_batch(ids, groups=2)
@@ -205,6 +249,33 @@ def test_a_backend_that_cannot_run_the_call_is_never_replaced():
         adapter(x, x, [on_device], "relu", backend="torch")
     with pytest.raises(ValueError, match="backend"):
         adapter(x, x, [part], "relu", backend="cuda")
+
+
+def test_a_process_without_triton_says_so(monkeypatch):
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    with pytest.raises(KernelUnavailableError, match="not installed"):
+        dispatch.choose("triton", torch.ones(1), lambda: None, lambda: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_it_is_one_graph_for_every_shape_under_torch_compile(backend):
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(4, 5, 8, generator=generator) for _ in range(2))
+    one, two = (draw_adapter(generator, ids, 2, 8, 3, torch.float32) for ids in ([0, 0, 1, 1], [1, -1, 0, 1]))
+
+    def run(x, residual, *tensors):
+        parts = [SiteAdapter(*tensors[:5], one.users), SiteAdapter(*tensors[5:], two.users)]
+        return adapter(x, residual, parts, "gelu", backend=backend).sin().sum()
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 3, 2):
+        inputs = [x[:, :tokens].clone().requires_grad_(), residual[:, :tokens], *one[:5], *two[:5]]
+        wanted = [inputs[0], *inputs[2:]]
+        for a, b in zip(
+            torch.autograd.grad(compiled(*inputs), wanted), torch.autograd.grad(run(*inputs), wanted), strict=True
+        ):
+            assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_suites_name_cases_that_exist():

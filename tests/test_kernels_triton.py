@@ -10,14 +10,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy
 import pytest
-import torch
-
-from hyperpelt_ds.kernels import dispatch
-from hyperpelt_ds.kernels.errors import KernelUnavailableError
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _release(package) -> tuple[int, ...]:
+    return tuple(int(part) for part in package.__version__.split(".")[:2])
+
+
+INTERPRETER = pytest.mark.skipif(
+    _release(triton) < (3, 8) and _release(numpy) >= (2, 4),
+    reason="Triton's interpreter makes a number of an array of one, which numpy allows until 2.3 (Triton 3.6 seen to)",
+)
 
 
 def _interpret(*arguments: str, examples: int = 8) -> None:
@@ -31,10 +38,12 @@ def _interpret(*arguments: str, examples: int = 8) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@INTERPRETER
 def test_kernels_are_right_in_the_interpreter():
     _interpret("-m", "not slow")
 
 
+@INTERPRETER
 @pytest.mark.slow
 def test_kernels_are_right_in_the_interpreter_at_length():
     _interpret("-m", "", examples=60)
@@ -141,15 +150,3 @@ def test_every_entry_of_the_table_compiles_without_spills(dtype, arch):
         except AssertionError as error:
             wrong.append(f"{entry}: {error}")
     assert not wrong, "\n".join(wrong)
-
-
-def test_a_process_without_triton_says_so(monkeypatch):
-    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
-    with pytest.raises(KernelUnavailableError, match="not installed"):
-        dispatch.choose("triton", torch.ones(1), lambda: None, lambda: None)
-
-
-@pytest.mark.gpu
-def test_a_machine_with_cuda_has_triton_and_uses_it():
-    assert torch.cuda.is_available()
-    assert dispatch.choose("auto", torch.ones(1, device="cuda"), lambda: None, lambda: None) == "triton"

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from prefix_cases import Call, calls
 from torch import Tensor
 
+from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError
 from hyperpelt_ds.kernels.prefix_attention import (
     CPU,
     SitePrefix,
@@ -239,7 +240,7 @@ def test_conditions_in_order_are_not_copied_and_others_are_once():
 
 @pytest.mark.parametrize("low, high", [(-2, 1), (0, 2)])
 def test_a_row_that_is_no_condition_is_refused(low, high):
-    with pytest.raises(ValueError, match=rf"rows: allowed are -1 to 1, got {low} to {high}"):
+    with pytest.raises(KernelShapeError, match=rf"rows: allowed are -1 to 1, got {low} to {high}"):
         spread_of(torch.tensor([low, 0, high]), 2)
 
 
@@ -262,5 +263,25 @@ def test_what_does_not_fit_is_named(form, change, message):
     own = {name: part for name, part in change.items() if name in call.prefixes[0]._fields}
     rest = {name: part for name, part in change.items() if name not in own}
     call = call._replace(prefixes=[call.prefixes[0]._replace(**own)], **rest)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(KernelShapeError, match=message):
         prefix_attention(*call)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(value=torch.ones(3, 2, 4, 2, dtype=torch.float16)), r"value: expected torch.float64, got torch.float16"),
+        (dict(mask=torch.ones(3, 1, 2, 4)), r"mask: expected torch.bool, got torch.float32"),
+        (
+            dict(key=torch.ones(3, 2, 4, 2, device="meta")),
+            r"key: expected a tensor on cpu as query is, got one on meta",
+        ),
+        (dict(keys=torch.ones(2, 3, 4, device="meta")), r"prefixes\[0\].keys: expected a tensor on cpu"),
+    ],
+)
+def test_types_and_devices_that_do_not_fit_are_named(change, message):
+    call = small("materialised")
+    own = {name: part for name, part in change.items() if name in call.prefixes[0]._fields}
+    rest = {name: part for name, part in change.items() if name not in own}
+    with pytest.raises(KernelDtypeError, match=message):
+        prefix_attention(*call._replace(prefixes=[call.prefixes[0]._replace(**own)], **rest))

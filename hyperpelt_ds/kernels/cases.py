@@ -82,6 +82,8 @@ ADAPTER_CASES = (
     AdapterCase("images_B64_S512_m64", 64, 512, 768, 64, 64, 24, 0),
     AdapterCase("tasks8_B64_S64_m64_d4096", 64, 64, 4096, 64, 128, 8, 8),
     AdapterCase("images_B64_S64_m64_d4096", 64, 64, 4096, 64, 128, 4, 0),
+    AdapterCase("tasks8_B256_S64_m64", 256, 64, 768, 64, 64, 24, 8),
+    AdapterCase("images_B256_S64_m64", 256, 64, 768, 64, 64, 24, 0),
     AdapterCase("images_B64_S32_m24_L12", 64, 32, 768, 24, 64, 12, 0),
     AdapterCase("images_B64_S64_m64_L12", 64, 64, 768, 64, 64, 12, 0),
 )
@@ -105,8 +107,8 @@ PREFIX_CASES = (
 SUITES = {
     "smoke": ("tasks4_B64_S8_m64", "images_B16_S8_m64", *(case.name for case in PREFIX_CASES[:2])),
     "cpu": tuple(case.name for case in (*ADAPTER_CASES[:6], *LOW_RANK_CASES)),
-    "gpu10": tuple(case.name for case in (*ADAPTER_CASES[6:13], *LOW_RANK_CASES, *PREFIX_CASES[2:])),
-    "chunks": tuple(case.name for case in ADAPTER_CASES[13:]),
+    "gpu10": tuple(case.name for case in (*ADAPTER_CASES[6:15], *LOW_RANK_CASES, *PREFIX_CASES[2:])),
+    "chunks": tuple(case.name for case in ADAPTER_CASES[15:]),
     "low_rank": tuple(case.name for case in LOW_RANK_CASES),
     "full": tuple(case.name for case in (*ADAPTER_CASES, *LOW_RANK_CASES, *PREFIX_CASES)),
 }

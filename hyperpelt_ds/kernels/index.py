@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,3 +125,26 @@ def _spans(ids: Sequence[int]) -> tuple[Span, ...]:
                 spans.append(Span(number, 1, start, samples))
         start += samples
     return tuple(spans)
+
+
+def copied(weights: Tensor, condition: Tensor) -> Tensor:
+    """Each sample's weights (B, ...) of those of all conditions (C, ...), for condition (B,) of 0 to C - 1."""
+    made: Tensor = _Copied.apply(weights, condition) if torch.is_grad_enabled() else weights.index_select(0, condition)
+    return made
+
+
+class _Copied(torch.autograd.Function):
+    """Its gradients are added up by a matrix product: in a fixed order and 32 bits, where CUDA's own would be in any
+    order and the type's."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, condition: Tensor) -> Tensor:
+        ctx.save_for_backward(condition)
+        ctx.conditions = len(weights)
+        return weights.index_select(0, condition)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (condition,) = ctx.saved_tensors
+        users = torch.arange(ctx.conditions, device=condition.device).unsqueeze(1) == condition
+        return (users.to(gradient.dtype) @ gradient.flatten(1)).view(-1, *gradient.shape[1:]), None

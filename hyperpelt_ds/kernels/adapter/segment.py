@@ -67,7 +67,8 @@ def prepare(parts: Sequence[Part], activation: str) -> Callable[[Tensor, Tensor]
 
     def run(x: Tensor, residual: Tensor) -> Tensor:
         x = x.contiguous()
-        y = residual.contiguous() + biases
+        start, rest = _start(residual)
+        y = start + biases
         for users, scale, slices in ready:
             own_x, own_y = _in_order(x, users), _in_order(y, users)
             for span, bias, down, up in slices:
@@ -75,7 +76,7 @@ def prepare(parts: Sequence[Part], activation: str) -> Callable[[Tensor, Tensor]
                 hidden = act(torch.bmm(tokens, down) if bias is None else torch.baddbmm(bias, tokens, down))
                 _samples(own_y, span).baddbmm_(hidden, up, alpha=scale)
             y = _in_batch_order(own_y, users)
-        return y
+        return y if rest is None else y + rest
 
     return run
 
@@ -142,7 +143,8 @@ def _parts(tensors: Sequence[Tensor | None], indices: Sequence[BatchIndex]) -> l
 def _forward(x: Tensor, residual: Tensor, parts: Sequence[Part], activation: str) -> tuple[Tensor, list[Tensor]]:
     """The output, and each part's z = x down + down_bias (B, T, R) in the order of its spans."""
     narrow: list[Tensor] = []
-    y = residual.contiguous() + _biases(parts, x.shape[1])  # new, so that products may add to it in place
+    start, rest = _start(residual)
+    y = start + _biases(parts, x.shape[1])  # new, so that products may add to it in place
     for part in parts:
         index = part.users
         own_x, own_y = _in_order(x, index), _in_order(y, index)
@@ -158,7 +160,18 @@ def _forward(x: Tensor, residual: Tensor, parts: Sequence[Part], activation: str
             _samples(own_y, span).baddbmm_(_samples(hidden, span), _weights(part.up, span))
         y = _in_batch_order(own_y, index)
         narrow.append(z)
-    return y, narrow
+    return y if rest is None else y + rest, narrow
+
+
+def _start(residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What biases and products are added to, and what comes last.
+
+    In half precision that is the residual: every sum is rounded, which costs most beside the largest (were it first, y
+    would have 1.4 times the reference's error).
+    """
+    if residual.dtype in (torch.bfloat16, torch.float16):
+        return torch.zeros_like(residual, memory_format=torch.contiguous_format), residual
+    return residual.contiguous(), None
 
 
 def _backward(

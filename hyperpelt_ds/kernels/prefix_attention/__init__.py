@@ -70,13 +70,14 @@ def prefix_attention(
     prefix rows present, causality cannot be left to a flag. bias (B or 1, H or 1, T, T') is added to the scores of real
     keys; prefix columns get none but their offset and are never masked, except for samples whose row is -1 (paper
     section 4).
-    Returns (B, H, T, d). Raises ValueError for a shape that does not fit, naming the argument.
+    Returns (B, H, T, d). Raises KernelShapeError and KernelDtypeError for arguments that do not fit, naming them; of
+    prefixes that come with their `spread`, prepared once for many calls, it takes the fit for granted.
     """
     group = query.shape[1] // key.shape[1]
     if not prefixes:
         hidden = mask if bias is None else score_bias(mask, bias, query.dtype)
         return F.scaled_dot_product_attention(query, key, value, hidden, dropout, scale=scale, enable_gqa=group > 1)
-    if any(prefix.spread is None for prefix in prefixes):  # others were prepared, once for many calls
+    if any(prefix.spread is None for prefix in prefixes):
         check(query, key, value, prefixes, mask, bias)
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as it does for torch's own attention

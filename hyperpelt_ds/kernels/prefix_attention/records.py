@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hyperpelt_ds.kernels.errors import KernelShapeError
+from hyperpelt_ds.kernels.index import copied
 
 
 class Spread(NamedTuple):
@@ -53,14 +55,14 @@ AnyPrefix = SitePrefix | SiteRows
 def spread_of(rows: Tensor, conditions: int) -> Spread:
     """The Spread of `rows` (B,). On a device it is always the general one: to look would be to wait for the device.
 
-    Raises ValueError for a row that is no condition, where this costs no waiting.
+    Raises KernelShapeError for a row that is no condition, where this costs no waiting.
     """
     if rows.device.type != "cpu":
         return Spread(rows.clamp(min=0), rows < 0)
     numbers = rows.tolist()
     low, high = min(numbers), max(numbers)
     if not -1 <= low <= high < conditions:
-        raise ValueError(f"rows: allowed are -1 to {conditions - 1}, got {low} to {high}")
+        raise KernelShapeError(f"rows: allowed are -1 to {conditions - 1}, got {low} to {high}")
     each, rest = divmod(len(rows), conditions)
     if not rest and numbers == [condition for condition in range(conditions) for _ in range(each)]:
         return Spread(None, None)
@@ -79,29 +81,6 @@ def spread(prefix: AnyPrefix) -> AnyPrefix:
         return prefix._replace(spread=known)
     after = known._replace(condition=None)
     if isinstance(prefix, SiteRows):
-        return prefix._replace(hyper=_copied(prefix.hyper, known.condition), spread=after)
-    keys, values = (_copied(part, known.condition) for part in prefix[:2])
+        return prefix._replace(hyper=copied(prefix.hyper, known.condition), spread=after)
+    keys, values = (copied(part, known.condition) for part in prefix[:2])
     return prefix._replace(keys=keys, values=values, spread=after)
-
-
-def _copied(rows: Tensor, condition: Tensor) -> Tensor:
-    """Each sample's rows (B, P, K) of those of all conditions (C, P, K)."""
-    copied: Tensor = _Copied.apply(rows, condition) if torch.is_grad_enabled() else rows.index_select(0, condition)
-    return copied
-
-
-class _Copied(torch.autograd.Function):
-    """Its gradients are added up by a matrix product: in a fixed order and 32 bits, where CUDA's own would be in any
-    order and the type's."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, condition: Tensor) -> Tensor:
-        ctx.save_for_backward(condition)
-        ctx.conditions = len(rows)
-        return rows.index_select(0, condition)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (condition,) = ctx.saved_tensors
-        users = torch.arange(ctx.conditions, device=condition.device).unsqueeze(1) == condition
-        return (users.to(gradient.dtype) @ gradient.flatten(1)).view(-1, *gradient.shape[1:]), None
