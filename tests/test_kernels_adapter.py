@@ -7,7 +7,7 @@ import torch
 from adapter_cases import ACTIVATIONS, batches, by_formula, draw_adapter, error, leaves, make
 from hypothesis import given, settings
 
-from hyperpelt_ds.kernels import adapter, dispatch, index_batch, low_rank
+from hyperpelt_ds.kernels import adapter, dispatch, generate, index_batch, low_rank
 from hyperpelt_ds.kernels.adapter import SiteAdapter
 from hyperpelt_ds.kernels.cases import ADAPTER_CASES, LOW_RANK_CASES, PREFIX_CASES, SUITES
 from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError, KernelUnavailableError
@@ -227,6 +227,14 @@ def test_bad_arguments_are_refused_by_name():
             low_rank(x, residual, [wrong])
     with pytest.raises(KernelShapeError, match="x and output"):
         low_rank(x, residual[:, :2], [SiteLowRank(part.down, part.up, part.users)])
+    hyper, weight, bias = torch.ones(1, 2, 4), torch.ones(5, 4), torch.ones(5)
+    for wrong, kind, name in (
+        ((hyper, weight[:, :3], bias), KernelShapeError, r"weight: expected shape \(5, 4\), got \(5, 3\)"),
+        ((hyper, weight, bias[:4]), KernelShapeError, r"bias: expected shape \(5,\)"),
+        ((hyper, weight.to("meta"), bias), KernelDtypeError, "weight: expected a tensor on cpu"),
+    ):
+        with pytest.raises(kind, match=name):
+            generate(*wrong)
     for ids, message in (([0, 2], r"ids\[1\] is 2"), ([-2, 0], r"ids\[0\] is -2")):
         with pytest.raises(KernelShapeError, match=message):
             index_batch(ids, groups=2)

@@ -248,6 +248,11 @@ def test_a_row_that_is_no_condition_is_refused(low, high):
     "form, change, message",
     [
         ("materialised", dict(key=torch.ones(3, 2, 4, 3)), r"key: expected shape \(3, 2, 4, 2\), got \(3, 2, 4, 3\)"),
+        (
+            "materialised",
+            dict(query=torch.ones(3, 2, 4)),
+            r"query: expected \(B, heads, tokens, size\), got \(3, 2, 4\)",
+        ),
         ("materialised", dict(value=torch.ones(3, 2, 5, 2)), r"value: expected shape \(3, 2, 4, 2\)"),
         ("materialised", dict(mask=torch.ones(3, 1, 4, 4).bool()), r"mask: expected shape \(3 or 1, 1, 2, 4\)"),
         ("materialised", dict(bias=torch.ones(1, 3, 2, 4)), r"bias: expected shape \(3 or 1, 1 or 2, 2, 4\)"),

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyperpelt_ds.kernels.errors import KernelDtypeError, KernelShapeError
+
 ROWS_A_FLUSH = 4
 """Rows of weights, for every number of a hyper-embedding, that make the gradient of the generating map cheap: it is
 (N, E) and is written anew for every chunk of sites, beside C x N for each of the chunk's sites."""
@@ -17,8 +19,15 @@ def generate(hyper: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One product for all sites: (S, C, ..., E) x (N, E) + (N,) -> (S, C, ..., N).
 
     `N` is everything a module kind needs at one site (paper section 4: h^P and h^A are single linear maps).
-    Conditions must come deduplicated: cost and memory grow with C, not with the batch.
+    Conditions must come deduplicated: cost and memory grow with C, not with the batch. Raises KernelShapeError or
+    KernelDtypeError that names the argument.
     """
+    rows = weight.shape[0]
+    for name, part, shape in (("weight", weight, (rows, hyper.shape[-1])), ("bias", bias, (rows,))):
+        if tuple(part.shape) != shape:
+            raise KernelShapeError(f"{name}: expected shape {shape}, got {tuple(part.shape)}")
+        if part.device != hyper.device:
+            raise KernelDtypeError(f"{name}: expected a tensor on {hyper.device} as hyper is, got one on {part.device}")
     return F.linear(hyper, weight, bias)
 
 

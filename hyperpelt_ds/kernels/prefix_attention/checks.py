@@ -23,6 +23,9 @@ def check(
 
     A prefix may be of another type than the query, whose type it is then given; under autocast so may keys and values.
     """
+    for name, states in (("query", query), ("key", key)):
+        if states.ndim != 4:
+            raise KernelShapeError(f"{name}: expected (B, heads, tokens, size), got {tuple(states.shape)}")
     batch, heads, length, size = query.shape
     key_heads, keys = key.shape[1:3]
     if heads % key_heads:
