@@ -123,7 +123,7 @@ def plain_torch(optimizer: str) -> dict[str, torch.Tensor]:
     groups = engine.parameter_groups(model, train.weight_decay)
     chosen = torch.optim.AdamW(groups, lr=train.learning_rate) if optimizer == "adamw" else sgd(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(chosen, engine.learning_rate_factor(train))
-    for step in range(1, 21):
+    for step in range(20):
         chosen.zero_grad()
         model(samples(step)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.gradient_clipping)
