@@ -70,7 +70,7 @@ def estimate(config: Config, tasks: int = 0) -> Estimate:
         model = model_of(config, shape, tasks)
         weights = _one_of_each(config, model)
         ranks = () if config.model.train_backbone else RANKS
-        resident = {str(count): model.backbone.resident_bytes(count) for count in ranks}
+        resident = {str(count): model.backbone.sizes.held(count) for count in ranks}
     counts, parts = model.parameter_counts(), _parts(model)
     trainable = counts["trainable"]
     assert sum(parts.values()) == trainable, "a part is counted twice, or not at all"
@@ -90,8 +90,9 @@ def estimate(config: Config, tasks: int = 0) -> Estimate:
     )
 
 
-def table(estimate: Estimate) -> str:
-    """The estimate as text."""
+def table(estimate: Estimate, frozen: bool = True) -> str:
+    """The estimate as text, with the bytes of the frozen model or without."""
+    held = estimate.backbone_bytes.items() if frozen else ()
     lines = [
         (f"backbone {estimate.backbone}", f"{estimate.backbone_parameters:,}", ""),
         (f"trainable, {estimate.tasks} task{'s' if estimate.tasks > 1 else ''}", f"{estimate.trainable:,}", ""),
@@ -101,7 +102,7 @@ def table(estimate: Estimate) -> str:
         ("text tables: trainable a task", f"{100 * estimate.trainable_a_task:.3f} %", "of tasks x backbone"),
         ("V&L tables: trainable", f"{100 * estimate.trainable_of_total:.3f} %", "of total"),
         ("trainable, fp32", amount(estimate.trainable_bytes), ""),
-        *((f"frozen, split over {n}", amount(size), "on each rank") for n, size in estimate.backbone_bytes.items()),
+        *((f"frozen, {'whole' if n == '1' else f'split over {n}'}", amount(size), "on each rank") for n, size in held),
         *((f"weights for one: {name}", amount(size), "fp32") for name, size in estimate.weights_bytes.items()),
     ]
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]

@@ -48,7 +48,7 @@ def estimate(
 
     config = recipes.get(recipe).override(overrides)
     found = counts.estimate(config, tasks)
-    printed, page = {"recipe": recipe, **dataclasses.asdict(found)}, [counts.table(found)]
+    printed, page = {"recipe": recipe, **dataclasses.asdict(found)}, [counts.table(found, frozen=ds_config is None)]
     if ds_config is not None:
         mix = tables.mix_of(config, found.tasks, batch_tasks, batch_images)
         foretold = tables.forecast(config, ds_config, world_size, found.tasks, mix, backend)

@@ -211,12 +211,16 @@ def train_many(
 ) -> Callable[..., None]:
     """Trains {name: (config, DeepSpeed JSON, run_dir)} in order, in one group of two ranks."""
 
-    def train(jobs: dict[str, tuple[Config, str, Path]]) -> None:
+    def train(jobs: dict[str, tuple[Config, str, Path]], resume: bool = False) -> None:
         file = tmp_path_factory.mktemp("jobs") / "jobs.json"
-        lines = [{"config": to_dict(c), "ds_config": str(d), "run_dir": str(r)} for c, d, r in jobs.values()]
+        lines = [
+            {"config": to_dict(c), "ds_config": str(d), "run_dir": str(r), "resume": resume}
+            for c, d, r in jobs.values()
+        ]
         file.write_text(json.dumps(lines))
         done = run_python(
-            *("deepspeed", "--master_port", free_port(), "--num_accelerators", 2, "tests/train_many.py", file)
+            *("deepspeed", "--master_port", free_port(), "--num_accelerators", 2, "tests/train_many.py", file),
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 

@@ -13,12 +13,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from cluster import Cluster
 from conftest import ROOT
-from wire_bytes import INTERFACE, config
+from wire_bytes import INTERFACE, SAMPLES, TASKS, backbone, config
 
+from hyperpelt_ds.backbones.sharded import Sizes
+from hyperpelt_ds.config import Config
 from hyperpelt_ds.forecast import memory, setup, traffic
-from hyperpelt_ds.forecast.micro_batch import MicroBatch, Parameter
+from hyperpelt_ds.forecast.micro_batch import MicroBatch, Mix, Parameter, look
 
 SECONDS = 900
 STEPS = 2
@@ -35,6 +38,7 @@ class Job(NamedTuple):
     top: dict[str, Any] = {}  # noqa: RUF012
     micro_batches: int = 1
     feed_forward: int = SMALL
+    split: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -54,7 +58,11 @@ CHOICES = [
     Job("stage 2, bf16", {"stage": 2}, {"bf16": {"enabled": True}}),
     Job("stage 2, linear maps in bf16", {"stage": 2}, AUTOCAST),
 ]
-JOBS = {1: [STAGES[2]], 2: [*TWICE, LARGER[2], *CHOICES], 4: [*STAGES, LARGER[4]]}
+SPLIT = [
+    Job("stage 2, two micro-batches, the backbone split", {"stage": 2}, micro_batches=2, split=True),
+    Job("stage 2, ten times the backbone, split", {"stage": 2}, feed_forward=LARGE, split=True),
+]
+JOBS = {1: [STAGES[2]], 2: [*TWICE, LARGER[2], *CHOICES, *SPLIT], 4: [*STAGES, LARGER[4], *SPLIT]}
 """Ranks, one on a node -> what they train."""
 
 
@@ -86,9 +94,11 @@ def _environment(cluster: Cluster, rank: int, ranks: int) -> dict[str, str]:
 def _record(job: Job, folder: Path, of_ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     settings = folder / "read.json"
     settings.write_text(json.dumps(job.settings))
-    chosen = setup.read(settings, config(job.micro_batches, len(of_ranks)), len(of_ranks))
+    given = config(job.micro_batches, len(of_ranks)).override([f"model.shard_backbone={json.dumps(job.split)}"])
+    chosen = setup.read(settings, given, len(of_ranks))
     trainables = [Parameter(*pair) for pair in of_ranks[0]["trainables"]]
-    parts = memory.per_rank(chosen, trainables, 0, MicroBatch(0, 0, 0, 0))
+    seen = _seen(job, given, folder / "backbone") if job.split else MicroBatch(0, 0, 0, 0)
+    parts = memory.per_rank(chosen, trainables, Sizes((0,), 0), seen)
     return {
         "name": job.name,
         "world_size": len(of_ranks),
@@ -96,10 +106,17 @@ def _record(job: Job, folder: Path, of_ranks: Sequence[dict[str, Any]]) -> dict[
         "trainable": sum(parameter.size for parameter in trainables),
         "backbone": of_ranks[0]["backbone"],
         "sent": max(max(rank["sent"], rank["received"]) for rank in of_ranks) / STEPS,
-        "formula": traffic.per_rank(chosen, trainables, "gloo").total,
+        "formula": traffic.per_rank(chosen, trainables, seen, "gloo").total,
         "held": max(rank["held"] for rank in of_ranks),
         "held_formula": sum(parts[name] for name in memory.between_steps(chosen)),
     }
+
+
+def _seen(job: Job, given: Config, folder: Path) -> MicroBatch:
+    """What a micro-batch of the job gathers, from the configuration of its backbone."""
+    backbone(job.feed_forward).config.save_pretrained(folder)
+    mix = Mix(SAMPLES, len(TASKS), SAMPLES)
+    return look(given.override([f"model.backbone={folder}"]), len(TASKS), mix, None, torch.float32).micro_batch
 
 
 def everything(folder: Path) -> Iterator[dict[str, Any]]:

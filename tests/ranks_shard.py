@@ -19,9 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hyperpelt_ds import dist
 from hyperpelt_ds.backbones import Backbone
-from hyperpelt_ds.backbones.sharded import groups_of
 from hyperpelt_ds.config import ModulesConfig
 from hyperpelt_ds.contracts import Batch
+from hyperpelt_ds.forecast.gathering import Gathering
 from hyperpelt_ds.hypernet import HyperNetwork
 
 IN_DECODER = tiny_modules(kinds=("prefix",), prefix_blocks=("decoder_cross",), train_norms=False)
@@ -81,9 +81,10 @@ def answer(backbone: Backbone, network: HyperNetwork, batch: Batch, length: int,
 
 
 @contextmanager
-def gathered_bytes() -> Iterator[list[int]]:
-    """Bytes of all gathered buffers that are alive, autograd's references included, after every gathering."""
-    real, alive, totals = torch_dist.all_gather_into_tensor, [], []
+def gathered_bytes() -> Iterator[tuple[list[int], list[int]]]:
+    """Bytes of all gathered buffers that are alive, autograd's references included, after every gathering, and of each
+    buffer alone."""
+    real, alive, totals, each = torch_dist.all_gather_into_tensor, [], [], []
 
     def watched(output: torch.Tensor, shard: torch.Tensor) -> object:
         for _ in range(200):  # gloo's own thread lets go a moment after the ranks go on
@@ -93,40 +94,48 @@ def gathered_bytes() -> Iterator[list[int]]:
             time.sleep(0.001)
         alive.append((StorageWeakRef(output.untyped_storage()), output.nbytes))
         totals.append(sum(size for _, size in alive))
+        each.append(output.nbytes)
         return real(output, shard)
 
     torch_dist.all_gather_into_tensor = watched
     try:
-        yield totals
+        yield totals, each
     finally:
         torch_dist.all_gather_into_tensor = real
 
 
 def check_like_the_whole_one(kind: str, settings: dict) -> None:
     whole, split = build(kind, False, **settings), build(kind, True, **settings)
+    noting = build(kind, False, **settings)
+    noting.shards = noted = Gathering(noting.groups)
     for image_tokens in (False, True):
         network = tiny_hypernet(whole, image_tokens=image_tokens)
         for _ in range(2):
             batch = own_batch(whole)
-            with gathered_bytes() as totals:
+            with gathered_bytes() as (totals, each):
                 found = step(split, network, batch)
             for one, other in zip(step(whole, network, batch), found, strict=True):
                 assert torch.equal(one, other), (kind, settings, image_tokens)
             blocks = len(list(split._family.blocks(split.model)))
             assert len(totals) >= 2 * blocks, "each is gathered in the forward pass, and again in the backward pass"
             check_bytes(whole, split, max(totals))
+            noted.sizes.clear()
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, noted.again):
+                step(noting, network, batch)
+            padding = 64 * dist.world_size()
+            assert all(size <= moved < size + padding for size, moved in zip(noted.sizes, each, strict=True))
     assert not any(name for name, p in split.model.named_parameters() if p.grad is not None)
 
 
 def check_bytes(whole: Backbone, split: Backbone, gathered: int) -> None:
     """At most the W-th part of all, and one block; 64 bytes a share are padding."""
-    ranks, groups = dist.world_size(), groups_of(whole.model, list(whole._family.blocks(whole.model)))
+    ranks, groups = dist.world_size(), whole.groups
     total, blocks = sum(group.bytes for group in groups), [group.bytes for group in groups]
     assert split.shards.own_bytes <= total / ranks + 64 * len(groups)
     assert gathered <= max(blocks) + 64 * ranks, (gathered, blocks)
     left = sum(p.untyped_storage().nbytes() for p in split.model.parameters())
     assert left <= 8 * len(list(split.model.parameters())), "what stands for a weight takes one number's room"
-    assert split.shards.own_bytes + gathered <= split.resident_bytes(1)
+    assert split.shards.own_bytes + gathered <= split.sizes.held(1)
 
 
 def check_answers_at_own_pace(kind: str, settings: dict) -> None:
@@ -134,7 +143,7 @@ def check_answers_at_own_pace(kind: str, settings: dict) -> None:
     whole, split = build(kind, False, **settings), build(kind, True, **settings)
     network = tiny_hypernet(whole)
     calls = [(length, beams) for length in (3, 9) for beams in (1, 2)][: dist.world_size() - 1 - dist.rank()]
-    with gathered_bytes() as totals, split.own_pace():
+    with gathered_bytes() as (totals, _), split.own_pace():
         for length, beams in calls:
             found = answer(split, network, own_batch(whole), length, beams)
             assert torch.equal(found, answer(whole, network, own_batch(whole), length, beams))

@@ -170,6 +170,15 @@ assert first and last and moved.isfinite().all() and not torch.equal(moved, good
 
 
 @pytest.mark.slow
+def test_deepspeed_itself_trains_what_takes_no_part_in_a_step_at_stage_3_alone(run_python, tmp_path):
+    """Once more with the gradient of the step before (0.19.8): why ours all take part, and the first step looks."""
+    done = run_python("python", "tests/raw_deepspeed.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    changed = json.loads((tmp_path / "changed.json").read_text())
+    assert [changed[stage] > 0 for stage in "0123"] == [False, False, False, True]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_whose_gradient_is_not_finite_changes_no_weight_at_any_stage(tmp_path, run_python, stage):
     script, settings = tmp_path / "script.py", {"gradient_clipping": "auto", "zero_optimization": {"stage": stage}}

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import free_port
+from test_train import figures, final_weights
 from tiny import tiny_backbone, tiny_batch, tiny_hypernet
 
 from hyperpelt_ds import counts, export, recipes
@@ -15,8 +20,9 @@ from hyperpelt_ds import model as models
 from hyperpelt_ds.backbones.int8 import parts_of
 from hyperpelt_ds.train.checkpoint import _FREE_TO_CHANGE
 
-HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
-needs_torchao = pytest.mark.skipif(not HAS_TORCHAO, reason="the extra int8 is not installed")
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="the extra int8 is not installed"
+)
 KINDS = ("t5", "t5v1.1", "marian", "llama")
 
 
@@ -66,6 +72,20 @@ def test_gradients_are_those_of_the_maps_that_the_integers_stand_for(kind):
 
 
 @needs_torchao
+def test_the_linear_function_that_deepspeed_puts_in_place_at_stage_3_is_not_asked(monkeypatch):
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    given = int8("t5")
+    before = step(given)
+    monkeypatch.setattr(F, "linear", zero3_linear_wrap)
+    with pytest.raises(NotImplementedError):  # if torchao's weights can do that by now, any function would do
+        linear = given.model.encoder.block[0].layer[0].SelfAttention.q
+        F.linear(torch.ones(1, linear.in_features), linear.weight)
+    after = step(given)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+@needs_torchao
 def test_autograd_keeps_integers_and_torchao_alone_would_not():
     given = int8("t5v1.1")
     linear = given.model.encoder.block[0].layer[1].DenseReluDense.wo
@@ -112,14 +132,53 @@ def test_every_kind_of_module_and_both_forms_of_prefixes_work_beside_integers(fo
     assert loss.isfinite() and gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
-@pytest.mark.skipif(HAS_TORCHAO, reason="the extra int8 is installed")
-def test_without_the_package_the_extra_is_named():
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"model\.quantize: 'int8' needs .* pip install 'hyperpelt-ds\[int8\]'"):
         tiny_backbone("t5").quantize()
 
 
 def test_another_precision_of_the_weights_is_another_run():
     assert "model.quantize" not in _FREE_TO_CHANGE and "model.shard_backbone" in _FREE_TO_CHANGE
+
+
+@needs_torchao
+@pytest.mark.slow
+def test_two_ranks_train_go_on_and_are_scored_beside_integers(train_many, run_python, with_dropout, tmp_path):
+    """At stage 2, and split over the ranks at stage 3; the integers are at the end what they were at the start."""
+    given = with_dropout.override(["model.quantize=int8"])
+    jobs = {
+        "whole": (given, "ds_configs/zero2_cpu.json", tmp_path / "whole"),
+        "split": (given.override(["model.shard_backbone=true"]), "ds_configs/zero3_cpu.json", tmp_path / "split"),
+    }
+    train_many({"plain": (with_dropout, "ds_configs/zero2_cpu.json", tmp_path / "plain"), **jobs})
+    losses = {name: figures(tmp_path / name, "train/loss") for name in jobs}
+    plain = figures(tmp_path / "plain", "train/loss")
+    assert losses["whole"] != plain and losses["whole"] == pytest.approx(plain, rel=0.05)
+    assert losses["split"] == pytest.approx(losses["whole"], rel=1e-6) and len(plain) == 9
+    frozen = models.build(given, ["movie_rating"]).backbone.fingerprint()
+    ends = {}
+    for name in jobs:
+        for step in (6, 9):
+            state = tmp_path / name / f"step_{step:08}" / "state.json"
+            assert json.loads(state.read_text())["backbone"] == frozen
+        ends[name] = final_weights(tmp_path / name)
+        shutil.rmtree(tmp_path / name / "step_00000009")
+    train_many(jobs, resume=True)
+    for name in jobs:
+        assert figures(tmp_path / name, "train/loss") == losses[name]
+        assert all(torch.equal(tensor, ends[name][key]) for key, tensor in final_weights(tmp_path / name).items())
+    scores = []
+    for processes in (1, 2):
+        out = tmp_path / f"scores{processes}.json"
+        done = run_python(
+            *("deepspeed", "--master_port", free_port(), "--num_accelerators", processes, "launch/evaluate.py"),
+            *("--run_dir", tmp_path / "split", "--tasks", "movie_rating", "--shuffle", "none", "--out", out),
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        scores.append(json.loads(out.read_text())["tasks"])
+    assert scores[0] == scores[1] and scores[0]
 
 
 @needs_torchao

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import CELLS, CHANNELS, KINDS, pick, tiny_backbone, tiny_batch, tiny_hypernet, tiny_model
+from tiny import CELLS, CHANNELS, KINDS, pick, tiny_backbone, tiny_batch, tiny_hypernet, tiny_model, tiny_modules
 
+from hyperpelt_ds.backbones import Backbone
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Branch, Weights
 from hyperpelt_ds.model import HyperPELT, _check_lengths, weights_file
@@ -178,3 +179,33 @@ def test_lengths_must_fit_the_models_positions(kind, given, refused):
         return _check_lengths(config, backbone)
     with pytest.raises(ValueError, match=refused):
         _check_lengths(config, backbone)
+
+
+@pytest.mark.parametrize("kind", ["marian", "bart"])  # the other families' norms compute in float32 whatever they get
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_through_the_whole_model_are_those_of_finite_differences(kind, checkpointing):
+    model = tiny_model(kind).double()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    backbone = Backbone(model, None, tiny_modules())
+    backbone.train()
+    batch = tiny_batch(model)
+    batch = batch._replace(images=batch.images.double())
+    network = tiny_hypernet(backbone).double()
+
+    def loss() -> torch.Tensor:
+        logits = backbone.forward(network(batch), batch.input_ids, batch.attention_mask, batch.labels)
+        return logits.logsumexp(-1).sum()
+
+    loss().backward()
+    step = 1e-6
+    for name, parameter in network.named_parameters():
+        direction = torch.randn_like(parameter)
+        expected = float((parameter.grad * direction).sum())
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(sign * step * direction)
+                ends.append(float(loss()))
+                parameter.sub_(sign * step * direction)
+        assert expected != 0 and (ends[0] - ends[1]) / (2 * step) == pytest.approx(expected, rel=1e-4), name

@@ -24,7 +24,7 @@ from hyperpelt_ds.train import checkpoint, engine
 
 place, settings = Path(sys.argv[-2]), Path(sys.argv[-1])
 engine.start_distributed()
-wrapped = train_states.start({"optimizer": "adamw", "dropout": 0.3, "load": None}, settings)
+wrapped = train_states.start({"optimizer": "adamw", "dropout": 0.3, "micro_batch": 2, "load": None}, settings)
 
 def saver():
     return checkpoint.Saver(place / "run", train_states.CONFIG, "backbone")

@@ -16,7 +16,6 @@ from tiny import tiny_backbone
 
 from hyperpelt_ds import counts, recipes
 from hyperpelt_ds import model as models
-from hyperpelt_ds.backbones.sharded import groups_of
 from hyperpelt_ds.config import Config, to_dict
 from hyperpelt_ds.train import deepspeed_json
 
@@ -86,7 +85,7 @@ def test_a_split_run_is_the_whole_one_and_either_goes_on_as_the_other(run_python
 def test_every_weight_is_in_one_group_and_tied_ones_are_there_once(kind, groups):
     """Two blocks a stack; the embedding, which may be what gives logits too; the positions of two stacks."""
     backbone = tiny_backbone(kind)
-    found = groups_of(backbone.model, list(backbone._family.blocks(backbone.model)))
+    found = backbone.groups
     weights = [weight for group in found for weight in group.weights]
     assert len(found) == groups and {id(w) for w in weights} == {id(p) for p in backbone.model.parameters()}
     assert len(weights) == len(list(backbone.model.parameters()))

@@ -11,6 +11,9 @@ import pytest
 import torch
 from conftest import free_port
 from safetensors.torch import load_file
+from train_states import CONFIG, Network, samples, sgd
+
+from hyperpelt_ds.train import engine
 
 
 def settings(stage: int, offload: bool = False, persistent: int = 0, **more: Any) -> dict[str, Any]:
@@ -51,11 +54,19 @@ CASES = [(kind, optimizer) for kind in KINDS for optimizer in OPTIMIZERS]
 STEP_3, STEP_5, STEP_7, STEP_23 = (f"step_{step:08d}" for step in (3, 5, 7, 23))
 
 
-def job(kind: str, optimizer: str, load: Path | None, *saves: tuple[int, Path], dropout: float = 0.3) -> dict[str, Any]:
+def job(
+    kind: str,
+    optimizer: str,
+    load: Path | None,
+    *saves: tuple[int, Path],
+    dropout: float = 0.3,
+    micro_batch: int = 2,
+) -> dict[str, Any]:
     return {
         "settings": KINDS[kind],
         "optimizer": optimizer,
         "dropout": dropout,
+        "micro_batch": micro_batch,
         "load": load and str(load),
         "saves": [(steps, str(run_dir)) for steps, run_dir in saves],
     }
@@ -103,6 +114,35 @@ def test_a_state_goes_from_stage_2_to_3_to_0_bitwise_and_on_as_if_never_saved(do
     assert losses(again) == losses(two / "on") and same(again, two / "on", STEP_23)
     # the same dropout, since the ranks are as many; the sums are in another order
     assert losses(three) + losses(zero) == pytest.approx(losses(two / "on")[:4], rel=1e-5)
+
+
+def plain_torch(optimizer: str) -> dict[str, torch.Tensor]:
+    """Weights after twenty steps of a loop that knows neither ranks nor micro-batches."""
+    torch.manual_seed(0)
+    model, train = Network(0.0), CONFIG.train
+    groups = engine.parameter_groups(model, train.weight_decay)
+    chosen = torch.optim.AdamW(groups, lr=train.learning_rate) if optimizer == "adamw" else sgd(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, engine.learning_rate_factor(train))
+    for step in range(20):
+        chosen.zero_grad()
+        model(samples(step)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.gradient_clipping)
+        chosen.step()
+        schedule.step()
+    return {name: weight.detach() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("optimizer", "most"), [("adamw", 5e-6), ("sgd", 1e-6)])
+def test_twenty_steps_of_every_stage_are_those_of_plain_torch(do, tmp_path, optimizer, most):
+    """On two ranks, with one micro-batch a step and with four: how far apart a tensor's weights are, by its norm."""
+    cases = {(stage, size): tmp_path / f"{stage} {size}" for stage in "0123" for size in (4, 1)}
+    do(2, [
+        job(stage, optimizer, None, (20, place), dropout=0, micro_batch=size) for (stage, size), place in cases.items()
+    ])  # fmt: skip
+    plain = plain_torch(optimizer)
+    for case, place in cases.items():
+        for name, weight in load_file(place / "step_00000020" / "weights.safetensors").items():
+            assert (weight - plain[name]).norm() <= most * plain[name].norm(), (case, name)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """Trains a small network of odd sizes and takes its state from folder to folder, many times in one process group.
 
 python or deepspeed tests/train_states.py JOBS.json, where JOBS is a list of {"settings": a DeepSpeed configuration,
-"optimizer": "adamw" or "sgd", "dropout": a share, "load": a checkpoint or null, "saves": [[steps, run_dir], ...]}. A
-job that loads starts from other weights, and asserts that it then holds, bit for bit, what the files say. Every save
-has its losses beside it, in losses.json.
+"optimizer": "adamw" or "sgd", "dropout": a share, "micro_batch": samples, "load": a checkpoint or null, "saves":
+[[steps, run_dir], ...]}. A job that loads starts from other weights, and asserts that it then holds, bit for bit, what
+the files say. Every save has its losses beside it, in losses.json.
 """
 
 from __future__ import annotations
@@ -52,24 +52,32 @@ def allow_fp16() -> None:
     get_accelerator().is_fp16_supported = lambda: True
 
 
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(engine.parameter_groups(model, 0.1), lr=0.01, momentum=0.9)
+
+
+def samples(step: int) -> torch.Tensor:
+    """Those of a step, of all ranks."""
+    return torch.randint(3, (CONFIG.train.global_batch,), generator=torch.Generator().manual_seed(step))
+
+
 def start(job: dict[str, Any], settings: Path) -> engine.Engine:
     torch.manual_seed(1 if job["load"] else 0)
     model = Network(job["dropout"])
     randomness.seed(7, dist.rank())
+    config = CONFIG.override([f"train.micro_batch={job['micro_batch']}"])
     if job["optimizer"] == "adamw":
-        return engine.start(model, CONFIG, settings)
-    groups = engine.parameter_groups(model, 0.1)
-    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+        return engine.start(model, config, settings)
+    optimizer = sgd(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, engine.learning_rate_factor(CONFIG.train))
-    merged = deepspeed_json.merge(settings, CONFIG, dist.world_size())
+    merged = deepspeed_json.merge(settings, config, dist.world_size())
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=merged)
     return engine.Engine(wrapped, {})
 
 
-def train(wrapped: engine.Engine, step: int) -> float:
+def train(wrapped: engine.Engine, step: int, size: int = 2) -> float:
     """One step on samples that depend on the step alone; the mean loss over all ranks."""
-    ids = torch.randint(3, (8,), generator=torch.Generator().manual_seed(step))
-    micro_batches = ids[dist.rank() :: dist.world_size()].split(2)
+    micro_batches = samples(step)[dist.rank() :: dist.world_size()].split(size)
     losses = []
     for number, micro_batch in enumerate(micro_batches, 1):
         loss = wrapped.forward(micro_batch, last=number == len(micro_batches))
@@ -109,7 +117,7 @@ def run(job: dict[str, Any], settings: Path) -> None:
         step = checkpoint.load(Path(job["load"]), wrapped, CONFIG.train.seed).step
         compare(wrapped, Path(job["load"]))
     for steps, run_dir in job["saves"]:
-        losses = [train(wrapped, step + number) for number in range(steps)]
+        losses = [train(wrapped, step + number, job["micro_batch"]) for number in range(steps)]
         step += steps
         saver = checkpoint.Saver(Path(run_dir), CONFIG, "backbone")
         saver.save(wrapped, checkpoint.Progress(step, STREAM))

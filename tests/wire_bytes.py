@@ -1,9 +1,10 @@
 """Counts the bytes that a rank's node sends and receives in a training step: several jobs in one process group.
 
 python tests/wire_bytes.py JOBS.json, on every node with RANK and the like set, where JOBS is a list of {"settings": a
-DeepSpeed configuration, "feed_forward": a size of the frozen backbone, "micro_batches": of a step, "steps": counted}.
-Rank r writes JOBS.r.json: for every job what crossed its network interface in all counted steps, what the rank held
-between two of them, and what was trained. Only tests/measure_wire.py starts it.
+DeepSpeed configuration, "feed_forward": a size of the frozen backbone, "split": whether the ranks split it,
+"micro_batches": of a step, "steps": counted}. Rank r writes JOBS.r.json: for every job what crossed its network
+interface in all counted steps, what the rank held between two of them, and what was trained. Only tests/measure_wire.py
+starts it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from tiny import CELLS, CHANNELS, tiny_batch, tiny_model
+from transformers import PreTrainedModel
 
 from hyperpelt_ds import dist
 from hyperpelt_ds.backbones import Backbone
@@ -44,6 +46,10 @@ def config(micro_batches: int, ranks: int) -> Config:
     return Config().override([*OVERRIDES, *batch, f"data.lanes={ranks}"])
 
 
+def backbone(feed_forward: int) -> PreTrainedModel:
+    return tiny_model("t5", d_ff=feed_forward)
+
+
 def crossed() -> tuple[int, int]:
     """Bytes that the interface has sent and received, with all headers, once every rank is done with what it does."""
     dist.barrier()
@@ -62,10 +68,10 @@ def step(wrapped: engine.Engine, control: Control, batch: Batch, micro_batches: 
     assert wrapped.step()
 
 
-def held(backbone: Backbone) -> int:
+def held(frozen: Backbone) -> int:
     """Bytes of all tensors that are there, but for the frozen backbone's."""
-    frozen = [*backbone.model.parameters(), *backbone.model.buffers(), backbone.initial_norms]
-    known = {tensor.untyped_storage().data_ptr() for tensor in frozen}
+    weights = [*frozen.model.parameters(), *frozen.model.buffers(), frozen.initial_norms]
+    known = {tensor.untyped_storage().data_ptr() for tensor in weights}
     gc.collect()
     storages = [thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in known}.values())
@@ -74,15 +80,18 @@ def held(backbone: Backbone) -> int:
 def run(job: dict[str, Any], settings: Path) -> dict[str, Any]:
     ranks, micro_batches = dist.world_size(), job["micro_batches"]
     chosen = config(micro_batches, ranks)
-    backbone = Backbone(tiny_model("t5", d_ff=job["feed_forward"]), None, chosen.modules)
-    others = held(backbone)  # DeepSpeed's globals keep what belonged to the jobs before
+    frozen = Backbone(backbone(job["feed_forward"]), None, chosen.modules)
+    numbers = sum(parameter.numel() for parameter in frozen.model.parameters())
+    if job["split"]:
+        frozen.shard()
+    others = held(frozen)  # DeepSpeed's globals keep what belonged to the jobs before
     torch.manual_seed(0)
-    model = HyperPELT(chosen, backbone, TASKS).train()
+    model = HyperPELT(chosen, frozen, TASKS).train()
     trainables = [[p.numel(), type(m).__name__] for m in model.modules() for p in m.parameters(recurse=False)]
-    wrapped, control, batch = engine.start(model, chosen, settings), Control(), tiny_batch(backbone.model)
+    wrapped, control, batch = engine.start(model, chosen, settings), Control(), tiny_batch(frozen.model)
     for _ in range(WARM_UP):
         step(wrapped, control, batch, micro_batches)
-    stays = held(backbone) - others
+    stays = held(frozen) - others
     before = crossed()
     for _ in range(job["steps"]):
         step(wrapped, control, batch, micro_batches)
@@ -92,7 +101,7 @@ def run(job: dict[str, Any], settings: Path) -> dict[str, Any]:
         "received": received,
         "held": stays,
         "trainables": trainables,
-        "backbone": sum(parameter.numel() for parameter in backbone.model.parameters()),
+        "backbone": numbers,
     }
 
 

@@ -22,7 +22,7 @@ from hyperpelt_ds.backbones.families import family_of
 from hyperpelt_ds.backbones.int8 import parts_of, quantize
 from hyperpelt_ds.backbones.prefix_form import TOKEN_ALONE, Form
 from hyperpelt_ds.backbones.ragged import ends_of
-from hyperpelt_ds.backbones.sharded import Shards, resident_bytes
+from hyperpelt_ds.backbones.sharded import Group, Shards, Sizes, groups_of
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import ModulesConfig
 from hyperpelt_ds.contracts import Branch, Unmade, Weights
@@ -107,7 +107,7 @@ class Backbone:
         """Splits the frozen weights over the ranks of the process group: this rank keeps its share. All hold the same
         model, and from now on run it together. Layer norms, which the bank replaces, and buffers stay whole."""
         assert not self.trainable
-        self.shards = Shards(self.model, list(self._family.blocks(self.model)), self.initial_norms.device)
+        self.shards = Shards(self.groups, self.initial_norms.device)
 
     def own_pace(self) -> AbstractContextManager[None]:
         """To be entered by all ranks where they run the model without gradients, but not equally often or long.
@@ -116,10 +116,16 @@ class Backbone:
         """
         return nullcontext() if self.shards is None else self.shards.own_pace()
 
-    def resident_bytes(self, ranks: int) -> int:
-        """Bytes of the frozen weights that each of so many ranks holds while a block runs, if they are split."""
-        left_whole = sum(tensor.nbytes for tensor in (self.initial_norms, *self.model.buffers()))
-        return left_whole + resident_bytes(self.model, list(self._family.blocks(self.model)), ranks)
+    @property
+    def groups(self) -> list[Group]:
+        """The frozen weights, as those are gathered together where they are split."""
+        return groups_of(self.model, list(self._family.blocks(self.model)))
+
+    @property
+    def sizes(self) -> Sizes:
+        """Bytes of the frozen weights; norms and buffers are never split."""
+        rest = sum(tensor.nbytes for tensor in (self.initial_norms, *self.model.buffers()))
+        return Sizes(tuple(group.bytes for group in self.groups), rest)
 
     def to(self, device: torch.device) -> Backbone:
         if self.shards is not None:

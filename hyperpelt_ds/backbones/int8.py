@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -55,11 +54,12 @@ class _Int8Linear(nn.Linear):
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         parts, ctx.rebuild = parts_of(weight)
         ctx.names = list(parts)
         ctx.save_for_backward(*parts.values())
-        return F.linear(x, weight, bias)
+        # not F.linear: at stage 3 DeepSpeed (0.19.8) puts its own there, which transposes, and torchao's weights cannot
+        return cast(Tensor, weight.__torch_dispatch__(torch.ops.aten.linear.default, (), (x, weight, bias), {}))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

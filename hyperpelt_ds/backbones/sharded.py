@@ -40,9 +40,20 @@ class Group:
     def bytes(self) -> int:
         return sum(_room(part) for weight in self.weights for part in parts_of(weight)[0].values())
 
-    def share(self, ranks: int) -> int:
-        """Bytes of the share of each of so many ranks."""
-        return _up(math.ceil(self.bytes / ranks))
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's weights: of every group, and of what stays whole on every rank."""
+
+    groups: tuple[int, ...]
+    rest: int
+
+    def held(self, ranks: int) -> int:
+        """What each of so many ranks holds while a block runs, at most. One rank has all, gathered."""
+        if ranks == 1:
+            return self.rest + sum(self.groups)
+        shares = [_share(size, ranks) for size in self.groups]
+        return self.rest + sum(shares) + ranks * max(shares)
 
 
 def groups_of(model: nn.Module, blocks: Sequence[nn.Module]) -> list[Group]:
@@ -66,14 +77,6 @@ def groups_of(model: nn.Module, blocks: Sequence[nn.Module]) -> list[Group]:
     return groups
 
 
-def resident_bytes(model: nn.Module, blocks: Sequence[nn.Module], ranks: int) -> int:
-    """Bytes of parameters that each of so many ranks holds while a block runs, at most. One rank has all, gathered."""
-    groups = groups_of(model, blocks)
-    if ranks == 1:
-        return sum(group.bytes for group in groups)
-    return sum(group.share(ranks) for group in groups) + max(ranks * group.share(ranks) for group in groups)
-
-
 @dataclass
 class _Piece:
     """A tensor's place in its group's bytes."""
@@ -92,7 +95,7 @@ class _Split:
 
     def __init__(self, group: Group, device: torch.device):
         self._weights: list[tuple[list[tuple[nn.Module, str]], dict[str, _Piece], Callable[[Parts], Tensor]]] = []
-        ranks, share = dist.world_size(), group.share(dist.world_size())
+        ranks, share = dist.world_size(), _share(group.bytes, dist.world_size())
         whole, offset = torch.zeros(ranks * share, dtype=torch.uint8), 0
         for weight, places in group.weights.items():
             parts, rebuild = parts_of(weight)
@@ -137,8 +140,8 @@ class _Split:
 class Shards:
     """The split weights of a model, of which one group is whole at a time."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device):
-        self._splits = [_Split(group, device) for group in groups_of(model, blocks)]
+    def __init__(self, groups: Sequence[Group], device: torch.device):
+        self._splits = [_Split(group, device) for group in groups]
         self._by_place = {place: split for split in self._splits for place in split.names}
         self._whole: tuple[_Split, Tensor] | None = None
         self._apart = 0
@@ -243,6 +246,11 @@ def _put(places: list[tuple[nn.Module, str]], weight: nn.Parameter) -> None:
 def _empty(weight: Any, device: torch.device) -> Tensor:
     """A tensor with the shape and type of `weight` that takes one number's room; whoever uses it gets NaN."""
     return torch.full((), math.nan, dtype=weight.dtype, device=device).expand(weight.shape)
+
+
+def _share(size: int, ranks: int) -> int:
+    """Bytes of the share that each of so many ranks has of `size` bytes."""
+    return _up(math.ceil(size / ranks))
 
 
 def _room(part: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 setup.py        what a DeepSpeed configuration and a world size decide, as numbers
 micro_batch.py  what a forward and backward pass keeps, generates and computes, from the real model without memory
+gathering.py    which frozen weights become whole in it, where the ranks split them
 memory.py       bytes that a rank holds, by what they are for
 traffic.py      bytes that a rank sends in an optimizer step
 step_time.py    seconds of a step on machines of given speeds

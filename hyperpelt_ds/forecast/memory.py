@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hyperpelt_ds.backbones.sharded import Sizes
 from hyperpelt_ds.forecast.micro_batch import MicroBatch, Parameter
 from hyperpelt_ds.forecast.setup import Setup
 
@@ -23,12 +24,10 @@ ALL_REDUCE_AT_ONCE = 500_000_000
 _STANDING = ("frozen backbone", "trainable weights", "float32 masters", "optimizer state", "standing buffers")
 
 
-def per_rank(
-    setup: Setup, trainables: Sequence[Parameter], frozen_bytes: int, micro_batch: MicroBatch
-) -> dict[str, int]:
-    """Bytes on a rank's device by part; they add up. `frozen_bytes` is what the rank holds of the backbone."""
+def per_rank(setup: Setup, trainables: Sequence[Parameter], frozen: Sizes, micro_batch: MicroBatch) -> dict[str, int]:
+    """Bytes on a rank's device by part; they add up."""
     return {
-        "frozen backbone": frozen_bytes,
+        "frozen backbone": frozen.held(setup.world_size if setup.splits_backbone else 1),
         **_states(setup, trainables),
         "generated weights": micro_batch.generated,
         "generated weights' gradients": micro_batch.generated,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperpelt_ds import counts
+from hyperpelt_ds.backbones.int8 import parts_of
 from hyperpelt_ds.backbones.shapes import untrained
+from hyperpelt_ds.backbones.sharded import Sizes
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Sample, Unmade
+from hyperpelt_ds.forecast.gathering import Gathering, storage_of
 from hyperpelt_ds.model import HyperPELT
 
 
@@ -45,6 +48,11 @@ class MicroBatch:
     is made from. Their gradients take as much again. Keys and values that attention makes of rows are activations."""
     forward_flops: int
     backward_flops: int
+    gathered: int = 0
+    """Of frozen weights: bytes that become whole one after another, forward and backward, where ranks split them; with
+    padding left out."""
+    gathers: int = 0
+    """In how many pieces."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Look:
     """What was seen of a configuration's model."""
 
     trainables: tuple[Parameter, ...]
-    frozen_bytes: int
+    frozen: Sizes
     micro_batch: MicroBatch
 
 
@@ -79,13 +87,10 @@ def look(config: Config, tasks: int, mix: Mix, autocast: torch.dtype | None, wei
         if config.model.activation_checkpointing:
             shape.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-        backbone = model.backbone.model
-        own = {id(parameter) for parameter in model.parameters()}
-        frozen = [p for p in (*backbone.parameters(), model.backbone.initial_norms) if id(p) not in own]
         return Look(
             tuple(_trainables(model)),
-            sum(tensor.nbytes for tensor in frozen),
-            _run(model, _batch(config, mix, *rows), autocast, [*frozen, *model.parameters()]),
+            Sizes((), 0) if model.backbone.trainable else model.backbone.sizes,
+            _run(model, _batch(config, mix, *rows), autocast, config.model.shard_backbone),
         )
 
 
@@ -98,25 +103,30 @@ def _trainables(model: nn.Module) -> Iterator[Parameter]:
                 yield Parameter(parameter.numel(), type(module).__name__)
 
 
-def _run(model: HyperPELT, batch: Batch, autocast: torch.dtype | None, weights: list[Any]) -> MicroBatch:
-    known = {tensor.untyped_storage()._cdata for tensor in weights}
+def _run(model: HyperPELT, batch: Batch, autocast: torch.dtype | None, split: bool) -> MicroBatch:
+    backbone = model.backbone
+    weights = (*model.parameters(), *backbone.model.parameters(), *backbone.model.buffers(), backbone.initial_norms)
+    known = {storage_of(part) for weight in weights for part in parts_of(weight)[0].values()}
+    gathering = Gathering(backbone.groups if split else ())
+    if split:
+        backbone.shards = cast(Any, gathering)
     made: dict[int, Any] = {}
     kept: dict[int, Any] = {}  # alive, or the next storage would get the address of a freed one
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        made.update({_key(t): t.untyped_storage() for t in _leaves(output[:1] + output[2:]) if t.requires_grad})
+        made.update({storage_of(t): t.untyped_storage() for t in _leaves(output[:1] + output[2:]) if t.requires_grad})
         chunks.append(_in_chunks(output.branches))
 
     def keep(tensor: Tensor) -> Tensor:
-        if _key(tensor) not in known:
-            kept[_key(tensor)] = tensor.untyped_storage()
+        if storage_of(tensor) not in known:
+            kept[storage_of(tensor)] = tensor.untyped_storage()
         return tensor
 
     chunks: list[bool] = []
     hook = model.hypernet.register_forward_hook(note)
     with FlopCounterMode(display=False) as counter:
         with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(keep, gathering.again),
             torch.autocast("cpu", autocast, enabled=autocast is not None),
         ):
             loss = model(batch).loss
@@ -129,11 +139,9 @@ def _run(model: HyperPELT, batch: Batch, autocast: torch.dtype | None, weights: 
         generated=sum(storage.nbytes() for key, storage in made.items() if key not in known) + chunk,
         forward_flops=forward,
         backward_flops=counter.get_total_flops() - forward,
+        gathered=sum(gathering.sizes),
+        gathers=len(gathering.sizes),
     )
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _leaves(part: Any) -> list[Tensor]:

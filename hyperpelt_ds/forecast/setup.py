@@ -59,6 +59,7 @@ class Setup:
     """At stage 3 a gathered parameter is kept if it is used again within this many numbers."""
     offloads_optimizer: bool
     offloads_weights: bool
+    splits_backbone: bool
 
     @property
     def masters(self) -> bool:
@@ -74,8 +75,6 @@ def read(path: str | Path, config: Config, world_size: int) -> Setup:
     """
     if world_size < 1:
         raise ValueError(f"--world_size must be at least 1, got {world_size}")
-    if config.model.shard_backbone:
-        raise ValueError("model.shard_backbone: what ranks then exchange of the frozen backbone is not counted here")
     tree = deepspeed_json.merge(path, config, world_size)
     zero = tree.get("zero_optimization", {})
     for name, counted in _NOT_COUNTED.items():
@@ -109,6 +108,7 @@ def read(path: str | Path, config: Config, world_size: int) -> Setup:
         kept_ahead=size("stage3_max_reuse_distance") + size("stage3_prefetch_bucket_size"),
         offloads_optimizer=_offloads(zero, "offload_optimizer"),
         offloads_weights=_offloads(zero, "offload_param"),
+        splits_backbone=config.model.shard_backbone and world_size > 1,
     )
 
 

@@ -60,8 +60,11 @@ def predict(setup: Setup, micro_batch: MicroBatch, traffic: Traffic, workers: in
     compute = setup.accumulation * (micro_batch.forward_flops + micro_batch.backward_flops) / machine.flops
     rate = machine.inside if ranks <= machine.per_node else machine.between
     rounds = setup.accumulation if setup.stage >= 2 else 1
-    communication = (traffic.gradients + traffic.weights) / rate
-    communication += 2 * math.ceil(math.log2(ranks)) * machine.hop * (rounds + (setup.stage > 0))
+    communication = (traffic.gradients + traffic.weights + traffic.backbone) / rate
+    collectives = 2 * (rounds + (setup.stage > 0))
+    if setup.splits_backbone:
+        collectives += setup.accumulation * micro_batch.gathers
+    communication += math.ceil(math.log2(ranks)) * machine.hop * collectives
     agreement = 2 * (ranks - 1) * machine.message
     reading = setup.accumulation * setup.micro_batch / (machine.samples * max(workers, 1))
     waiting = max(0.0, reading - compute - communication - agreement) if workers else reading

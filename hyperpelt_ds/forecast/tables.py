@@ -72,16 +72,17 @@ def forecast(config: Config, ds_config: str | Path, world_size: int, tasks: int,
     if backend not in traffic.BACKENDS:
         raise ValueError(f"backend {backend!r}: allowed are {', '.join(traffic.BACKENDS)}")
     chosen = setup.read(ds_config, config, world_size)
+    config = config.override([f"model.shard_backbone={str(chosen.splits_backbone).lower()}"])  # alone nothing is split
     return combine(chosen, mix, look(config, tasks, mix, chosen.autocast, chosen.weights), backend)
 
 
 def combine(chosen: Setup, mix: Mix, seen: Look, backend: str) -> Forecast:
     """The same for a model that was looked at before: ranks and stages do not change what a micro-batch does."""
-    held = memory.per_rank(chosen, seen.trainables, seen.frozen_bytes, seen.micro_batch)
+    held = memory.per_rank(chosen, seen.trainables, seen.frozen, seen.micro_batch)
     return Forecast(
         *(chosen, mix, seen, backend, held),
         host=memory.on_host(chosen, seen.trainables),
-        traffic=traffic.per_rank(chosen, seen.trainables, backend),
+        traffic=traffic.per_rank(chosen, seen.trainables, seen.micro_batch, backend),
     )
 
 
@@ -97,7 +98,7 @@ def text(found: Forecast) -> str:
         ("  gradients", amount(round(sent.gradients))),
         ("  weights", amount(round(sent.weights))),
         ("  agreement and norms", amount(round(sent.control))),
-        ("  of the frozen backbone", amount(0)),
+        ("  of the frozen backbone", amount(round(sent.backbone))),
     ]
     flops = found.seen.micro_batch.forward_flops + found.seen.micro_batch.backward_flops
     lines.append(("computed in a micro-batch", f"{flops / 1e12:.3f} TFLOP"))

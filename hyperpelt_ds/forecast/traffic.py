@@ -1,7 +1,7 @@
 """Bytes that a rank sends in one optimizer step, and receives as many; docs/scaling.md derives the formulas.
 
 As DeepSpeed 0.19.8 does it, on the ring algorithms of gloo and NCCL; tests/test_wire.py measures it on a network
-interface. Nothing of the frozen backbone is in it, so this file does not know that there is one.
+interface. A frozen backbone sends nothing unless it is split over the ranks (backbones/sharded.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hyperpelt_ds.forecast.micro_batch import Parameter
+from hyperpelt_ds.forecast.micro_batch import MicroBatch, Parameter
 from hyperpelt_ds.forecast.setup import Setup
 
 BACKENDS = ("gloo", "nccl")
@@ -25,15 +25,17 @@ class Traffic:
 
     gradients: float
     weights: float
+    backbone: float
+    """Of frozen weights: shares of what other ranks need whole. 0 if every rank has all of them."""
     control: float
     """Of our own agreement between steps and of ZeRO's norms: small, but its messages grow with the ranks."""
 
     @property
     def total(self) -> float:
-        return self.gradients + self.weights + self.control
+        return self.gradients + self.weights + self.backbone + self.control
 
 
-def per_rank(setup: Setup, trainables: Sequence[Parameter], backend: str) -> Traffic:
+def per_rank(setup: Setup, trainables: Sequence[Parameter], micro_batch: MicroBatch, backend: str) -> Traffic:
     """What a rank sends in a step of `setup`, by what it is."""
     crossing = (setup.world_size - 1) / setup.world_size
     gradients = crossing * sum(p.size * gradient_width(setup, p) for p in trainables)
@@ -45,8 +47,9 @@ def per_rank(setup: Setup, trainables: Sequence[Parameter], backend: str) -> Tra
         gathered = sum(p.size * _weight_width(setup, p) for p in trainables if p.size >= setup.persistent)
         standing = sum(p.size * _weight_width(setup, p) for p in trainables if p.size < setup.persistent)
         weights = crossing * (setup.accumulation * gathers(setup, trainables) * gathered + standing)
+    backbone = crossing * setup.accumulation * micro_batch.gathered if setup.splits_backbone else 0.0
     control = MESSAGE * 2 * (setup.world_size - 1) * (1 + (NORMS if setup.stage else 0))
-    return Traffic(reductions(setup, backend) * times * gradients, weights, control)
+    return Traffic(reductions(setup, backend) * times * gradients, weights, backbone, control)
 
 
 def reductions(setup: Setup, backend: str) -> int:
