@@ -17,8 +17,10 @@ from cluster import Cluster
 from conftest import ROOT
 from wire_bytes import INTERFACE, config
 
-from hyperpelt_ds.forecast import memory, setup, traffic
-from hyperpelt_ds.forecast.micro_batch import MicroBatch, Parameter
+from hyperpelt_ds.forecast import memory
+from hyperpelt_ds.forecast.micro_batch import MicroBatch
+from hyperpelt_ds.train import setup, traffic
+from hyperpelt_ds.train.traffic import Parameter
 
 SECONDS = 900
 STEPS = 2

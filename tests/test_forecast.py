@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from hyperpelt_ds import counts, recipes
 from hyperpelt_ds.backbones.shapes import untrained
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Sample
-from hyperpelt_ds.forecast import memory, setup, step_time, tables, traffic
-from hyperpelt_ds.forecast.micro_batch import Look, MicroBatch, Mix, Parameter, look
-from hyperpelt_ds.forecast.setup import Setup
+from hyperpelt_ds.forecast import memory, step_time, tables
+from hyperpelt_ds.forecast.micro_batch import Look, MicroBatch, Mix, look
 from hyperpelt_ds.kernels.cases import AdapterCase
 from hyperpelt_ds.kernels.plan import plan
+from hyperpelt_ds.train import deepspeed_json, setup, traffic
+from hyperpelt_ds.train.setup import Setup
+from hyperpelt_ds.train.traffic import Parameter
 
 ZERO = ROOT / "ds_configs"
 TRAINABLES = (Parameter(900_000, "Linear"), Parameter(100_000, "Embedding"))
@@ -71,6 +74,33 @@ def test_every_stage_sends_its_passes_over_the_trainables(stage, passes):
     assert 0 < found.control < 10_000
     gloo = traffic.per_rank(at(stage, 4, persistent=0), TRAINABLES, "gloo")
     assert gloo.gradients == (2 if stage == 3 else 1) * found.gradients and gloo.weights == found.weights
+
+
+def test_a_run_foretells_the_same_bytes_from_its_own_model(small, tmp_path):
+    model = counts.model_of(small, untrained(small.model.backbone, 0.0), 4)
+    sent = [traffic.of_run(model, small, deepspeed_json.merge(ZERO / f"zero{n}.json", small, 2), 2, "gloo") for n in range(4)]
+    seen = look(small, 4, Mix(2, 2, 0), None, torch.float32)
+    for stage, found in enumerate(sent):
+        assert found == traffic.per_rank(setup.read(ZERO / f"zero{stage}.json", small, 2), seen.trainables, "gloo")
+        assert found is not None and found.total > 4 * counts.estimate(small, 4).trainable
+
+
+def test_a_run_says_nothing_where_no_formula_holds(small):
+    model = counts.model_of(small, untrained(small.model.backbone, 0.0), 4)
+
+    def said(config: Config, stage: int, **zero: object) -> object:
+        settings = deepspeed_json.merge(ZERO / f"zero{stage}.json", config, 2)
+        return traffic.of_run(model, config, _with(settings, zero), 2, "gloo")
+
+    assert said(small, 3) is not None
+    assert said(small, 3, zero_quantized_weights=True) is None
+    assert said(small.override(["model.shard_backbone=true", "model.dtype=bfloat16"]), 0) is None
+    next(model.parameters()).requires_grad_(False)
+    assert said(small, 2) is not None and said(small, 3) is None, "stage 3 gathers what is not trained as well"
+
+
+def _with(settings: dict[str, Any], zero: dict[str, object]) -> dict[str, Any]:
+    return {**settings, "zero_optimization": {**settings["zero_optimization"], **zero}}
 
 
 def test_one_rank_sends_nothing():

@@ -21,6 +21,7 @@ from hyperpelt_ds.backbones.shapes import untrained
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Sample, Unmade
 from hyperpelt_ds.model import HyperPELT
+from hyperpelt_ds.train.traffic import Parameter, trainables
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,6 @@ class MicroBatch:
     is made from. Their gradients take as much again. Keys and values that attention makes of rows are activations."""
     forward_flops: int
     backward_flops: int
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A trainable: how many numbers, and the class of the module it belongs to."""
-
-    size: int
-    owner: str
 
 
 @dataclass(frozen=True)
@@ -83,19 +76,10 @@ def look(config: Config, tasks: int, mix: Mix, autocast: torch.dtype | None, wei
         own = {id(parameter) for parameter in model.parameters()}
         frozen = [p for p in (*backbone.parameters(), model.backbone.initial_norms) if id(p) not in own]
         return Look(
-            tuple(_trainables(model)),
+            tuple(trainables(model)),
             sum(tensor.nbytes for tensor in frozen),
             _run(model, _batch(config, mix, *rows), autocast, [*frozen, *model.parameters()]),
         )
-
-
-def _trainables(model: nn.Module) -> Iterator[Parameter]:
-    seen: set[int] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield Parameter(parameter.numel(), type(module).__name__)
 
 
 def _run(model: HyperPELT, batch: Batch, autocast: torch.dtype | None, weights: list[Any]) -> MicroBatch:

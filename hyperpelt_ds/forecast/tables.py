@@ -11,11 +11,12 @@ from typing import Any
 from hyperpelt_ds import recipes
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.counts import amount
-from hyperpelt_ds.forecast import memory, setup, step_time, traffic
+from hyperpelt_ds.forecast import memory, step_time
 from hyperpelt_ds.forecast.micro_batch import Look, Mix, look
-from hyperpelt_ds.forecast.setup import Setup
 from hyperpelt_ds.forecast.step_time import Machine
-from hyperpelt_ds.forecast.traffic import Traffic
+from hyperpelt_ds.train import setup, traffic
+from hyperpelt_ds.train.setup import Setup
+from hyperpelt_ds.train.traffic import Traffic
 
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("demo", ("train.micro_batch=16",)),

@@ -6,17 +6,29 @@ interface. Nothing of the frozen backbone is in it, so this file does not know t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from hyperpelt_ds.forecast.micro_batch import Parameter
-from hyperpelt_ds.forecast.setup import Setup
+from torch import nn
+
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.train import setup as setups
+from hyperpelt_ds.train.setup import Setup
 
 BACKENDS = ("gloo", "nccl")
 MESSAGE = 400
 """Bytes of a message that carries next to nothing, headers and acknowledgements included (measured: 320 to 560)."""
 NORMS = 2
 """All-reduces of one number that ZeRO's own clipping and checks take in a step."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trainable: how many numbers, and the class of the module it belongs to."""
+
+    size: int
+    owner: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,29 @@ class Traffic:
     @property
     def total(self) -> float:
         return self.gradients + self.weights + self.control
+
+
+def trainables(model: nn.Module) -> Iterator[Parameter]:
+    """Those of a model that no engine has taken apart yet."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield Parameter(parameter.numel(), type(module).__name__)
+
+
+def of_run(model: nn.Module, config: Config, settings: dict[str, Any], world_size: int, backend: str) -> Traffic | None:
+    """What a rank will send in a step of training `model`, which no engine has yet, with `settings` from deepspeed_json.merge.
+
+    None where no formula says it: what setup.not_counted names, and frozen parameters that stage 3 hands around.
+    """
+    if setups.not_counted(settings, config):
+        return None
+    setup = setups.of(settings, config, world_size)
+    if setup.stage == 3 and not all(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    return per_rank(setup, list(trainables(model)), backend)
 
 
 def per_rank(setup: Setup, trainables: Sequence[Parameter], backend: str) -> Traffic:
