@@ -143,6 +143,28 @@ def test_maps_are_of_the_newest_look_and_gradients_of_all_that_had_the_task(full
     assert "step 40" in document
 
 
+def test_a_share_of_attention_is_the_mean_of_the_looks_that_had_the_task(full_run):
+    lines = [json.loads(line) for line in (full_run / "observations.jsonl").read_text().splitlines()]
+    for look, share in zip(lines, ([0.2, 0.6], [0.4, None]), strict=True):
+        look["prefix_share"] = {"encoder_self": share}
+    (full_run / "observations.jsonl").write_text("".join(json.dumps(look) + "\n" for look in lines))
+    document = page.page([files.read(full_run)])
+    assert 'title="movie_sentiment, encoder_self: 0.30"' in document
+    assert 'title="easy_vqa, encoder_self: 0.60"' in document
+
+
+def test_a_small_number_of_a_map_is_not_called_zero():
+    assert ">0.00<" in chart.matrix(["a"], ["b"], [[0.0]], "map", 1.0)
+    assert ">0.31<" in chart.matrix(["a"], ["b"], [[0.31]], "map", 1.0)
+    assert f">{html.short(0.0021)}<" in chart.matrix(["a"], ["b"], [[0.0021]], "map", 1.0)
+
+
+def test_scores_that_are_all_zero_stand_at_the_foot_of_a_scale_to_one():
+    drawn = chart.curves("eval/mean", "score", [chart.Line("a", "", 0, [(1, 0.0), (2, 0.0)])], (0.0, 1.0))
+    marks = re.findall(r"<text[^>]*>([^<]+)</text>", drawn)
+    assert "1" in marks and not any(mark.startswith("−") for mark in marks)
+
+
 def test_examples_are_of_the_newest_validation_and_pictures_lie_in_the_run(full_run):
     document = page.page([files.read(full_run)])
     assert '<strong class="right">red</strong>' in document and ">blue<" not in document

@@ -82,7 +82,13 @@ def test_every_figure_of_the_run_has_a_curve_or_is_said_to_stay_the_same(run):
 def test_maps_show_the_newest_look_task_by_task(run):
     last = run.lines("observations.jsonl")[-1]
     assert sorted(last["tasks"]) == sorted(TASKS)
-    for title in ("hyper-embeddings (task), cosine", "prefix gradients, cosine", "adapter weights, norm"):
+    for title in (
+        "hyper-embeddings (task), cosine",
+        "prefix gradients, cosine",
+        "adapter weights, norm",
+        "attention that goes to the prefix, share",
+        "samples, share",
+    ):
         assert title in run.text
     for one, other in ((0, 1), (2, 3)):
         cosine = last["weights"]["prefix"]["cosines"][one][other]
@@ -104,7 +110,8 @@ def test_examples_are_the_last_validations_with_their_pictures(run):
 
 
 def test_samples_that_could_not_be_used_are_counted_by_shard(run):
-    holes = run.lines("holes.jsonl")
+    files = [f"holes/{file.name}" for file in (run.folder / "holes").glob("rank_*.jsonl")]
+    holes = [hole for name in files for hole in run.lines(name)]
     assert holes and {hole["shard"] for hole in holes} == {HURT}
     assert run.lines("metrics.jsonl")[-2]["data/holes"] == len(holes)
     assert f"{len(holes)} times a sample was drawn that could not be used" in run.text
