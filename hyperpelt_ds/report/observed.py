@@ -48,7 +48,7 @@ def maps(runs: Sequence[Shown]) -> Html | None:
     )
     said = (
         f"The newest look: {steps}. Cosines: 1 is the same direction, 0 nothing in common, below 0 opposed. Gradients "
-        f"below 0 are tasks in conflict: what helps one harms the other. They and the shares of attention are means over "
+        f"below 0 are tasks in conflict: what helps one harms the other. They and shares of attention are means over "
         f"the last {_LOOKS} looks. "
         "A cell is empty where no look could tell."
     )
