@@ -96,7 +96,7 @@ def sample(model: Any) -> Tensor:
 
 
 def _call_attention(model: Any, name: str) -> None:
-    """Stack by stack: transformers 5.17 passes by those with a configuration of their own of the model's class (T5)."""
+    """Stack by stack: transformers before 5.20 passes by T5's, whose configurations are copies of the model's."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.set_attn_implementation(name)

@@ -56,7 +56,7 @@ def trainables(model: nn.Module) -> Iterator[Parameter]:
 
 
 def of_run(model: nn.Module, config: Config, settings: dict[str, Any], world_size: int, backend: str) -> Traffic | None:
-    """What a rank will send in a step of training `model`, which no engine has yet, with `settings` from deepspeed_json.merge.
+    """What a rank will send in a step of training `model`, which no engine has yet, with merged `settings`.
 
     None where no formula says it: what setup.not_counted names, and frozen parameters that stage 3 hands around.
     """
