@@ -97,12 +97,25 @@ def table(
         splits, _ = own.survey(task, record)
     tasks.adopt({task: own_task.fields(record)})
     about = {"command": "table", "files": files, "shares": shares, "columns": columns, "limit": limit}
-    following = (
-        f"deepspeed launch/train.py --recipe {'vl_t5_base' if image else 'glue_t5_base'} "
-        f"--ds_config ds_configs/zero2.json --run_dir runs/{task} "
-        f"data.manifest={Path(out) / 'manifest.json'} data.tasks={task}"
-    )
+    following = _training(task, Path(out) / "manifest.json", bool(image))
     build(out, {task: {split: own.entries(split) for split in splits}}, about, shard_size, limit, following)
+
+
+def _training(task: str, manifest: Path, image: bool) -> str:
+    """The commands that train on the task alone, for either kind of machine."""
+    given = f"--run_dir runs/{task} data.manifest={manifest} data.tasks={task}"
+    vision = " VISION" if image else ""
+    lines = [
+        "train on GPUs, with T5-base from the hub:",
+        f"  deepspeed launch/train.py --recipe {'vl_t5_base' if image else 'glue_t5_base'} "
+        f"--ds_config ds_configs/zero2.json {given} train.steps=2000{vision}",
+        "or on CPUs, with the small backbone that data_prep/demo.py builds in data/demo:",
+        "  deepspeed --num_accelerators 2 launch/train.py --recipe demo --ds_config ds_configs/zero2_cpu.json "
+        f"{given} train.steps=200{vision or ' vision.encoder=null'}",
+    ]
+    if image:
+        lines.append("where VISION are the settings vision.... that data_prep/features.py prints at its end")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

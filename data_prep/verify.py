@@ -48,7 +48,10 @@ def verify(*, manifest: str, all: bool = False, cache: str = "", cache_gb: float
         f"{time.monotonic() - start:.0f} s"
     )
     if not counts:
-        print("no damage found\nnext: train on it, launch/train.py --recipe NAME data.manifest=" + data.path)
+        print(
+            "no damage found\nnext: train on it: deepspeed launch/train.py --recipe NAME "
+            f"--ds_config ds_configs/zero2.json (on CPUs zero2_cpu.json) --run_dir runs/NAME data.manifest={data.path}"
+        )
         return
     print(f"{counts.total():,} faults in {len(counts):,} files")
     if counts.total() > SHOWN and not all:

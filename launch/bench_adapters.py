@@ -13,16 +13,14 @@ each for its part of the batch. A train step is forward and backward, no update.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from bench_step import DECODE_TOKENS, MODELS, STUDY
 from command import run
-from turns import take_turns
+from turns import keep, take_turns
 
 PARTS = 5
 
@@ -66,9 +64,7 @@ def bench_adapters(
             lines.append(line | {"hardware": hardware, "threads": torch.get_num_threads()})
             figures = f"{line['median']:.3f} s  x{line['ratio']:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
             print(f"{metric:14} {name:14} {figures}")
-    if out:
-        Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        print(f"wrote {out}")
+    keep(lines, out, "docs/study.md")
 
 
 def _bottleneck(model: Any, batch: int) -> Any:

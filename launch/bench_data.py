@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 from command import run
+from turns import say_kept
 
 if TYPE_CHECKING:
     from hyperpelt_ds.contracts import Batch, Sample, StreamState
@@ -133,8 +134,7 @@ def bench_data(
         for name in names:
             print(f"{name} ...", flush=True)
             SUITES[name](data, report)
-    if out:
-        print(f"wrote {out}")
+    say_kept(out, "docs/data.md")
 
 
 class _Target(NamedTuple):

@@ -50,7 +50,7 @@ from command import run
 from gpu_profile import on_gpu
 from kernel_peers import DEFAULT_PEERS, PEERS, low_rank_systems, systems
 from prefix_peers import systems as prefix_systems
-from turns import ceilings, take_turns
+from turns import ceilings, say_kept, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE_STEPS = dict.fromkeys(("gpu10", "full"), ("t5_base", "t5_xxl_6x6_layers", "t5_base_images", "t5_base_long"))
@@ -122,8 +122,7 @@ def bench_kernels(
             if case.name in SUITES[suite]:
                 bench.late(case)
         bench.judge(ADAPTER_CASES)
-    if out:
-        print(f"wrote {out}")
+    say_kept(out, "docs/kernels.md")
     if red:
         raise ValueError(f"the tests of {red[0]} fail (see above), so nothing of them was timed")
 

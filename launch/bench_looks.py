@@ -87,6 +87,7 @@ def bench_looks(
         middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
         print(f"watched / plain: median {middle:.3f}, min {low:.3f}, max {high:.3f}, {rounds} rounds")
         print(f"of the time of {every} steps, of which one is watched: median {(middle - 1) / every:.2%}")
+        print("next: compare with ours in docs/monitoring.md, which says how they are taken")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ matrix products and attention, forward and backward together for a train step.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from command import run
-from turns import take_turns
+from turns import keep, take_turns
 
 if TYPE_CHECKING:
     from hyperpelt_ds.config import Config
@@ -143,9 +142,7 @@ def bench_step(
             for system, own in systems.items() if train else ():
                 if own.own is not None:
                     add(case, system, "task_bytes", [own.own], [own.own or 1], "bytes a task")
-    if out:
-        Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        print(f"wrote {out}")
+    keep(lines, out, "docs/kernels.md")
 
 
 def _whole(system: System) -> Callable[[], None]:

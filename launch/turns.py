@@ -1,10 +1,13 @@
-"""How the benchmarks take time: every system in turn, round by round, in one process; and what the machine can do."""
+"""What the benchmarks share: every system takes its turn, round by round, in one process; what the machine can do; and
+where the figures go."""
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -50,3 +53,16 @@ def ceilings(device: str, dtype: Any) -> tuple[float, float]:
     times = take_turns({"copy": copy, "product": product}, 9 if device == "cuda" else 5, device)
     copying, multiplying = (statistics.median(times[name]) / repeats for name in ("copy", "product"))
     return 2 * source.numel() * source.element_size() / copying, 2 * side**3 / multiplying
+
+
+def keep(lines: Iterable[Mapping[str, Any]], out: str | None, page: str) -> None:
+    """Writes the figures to `out`, if it is given, and says so and which page reads such figures."""
+    if out:
+        Path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    say_kept(out, page)
+
+
+def say_kept(out: str | None, page: str) -> None:
+    """The last word of a benchmark: where its figures are, and which page explains them and shows ours."""
+    print(f"wrote {out}, a figure a line (JSON)" if out else "not kept; --out FILE.jsonl writes them as lines of JSON")
+    print(f"next: compare with ours in {page}, which says how they are taken")

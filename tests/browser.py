@@ -1,24 +1,28 @@
-"""A headless Chromium that opens a page and says what it shows, over its debugging socket."""
+"""A real Chromium without a window, asked through its debugging pipe: what a page shows, loads and looks like."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import select
 import shutil
-import socket
-import struct
 import subprocess
 import time
-import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_FLAGS = (
+    *("--headless", "--no-sandbox", "--no-first-run", "--disable-sync", "--remote-debugging-pipe"),
+    *("--disable-background-networking", "--disable-component-update"),
+    *("--use-angle=swiftshader", "--enable-unsafe-swiftshader"),  # TensorBoard's projector draws with WebGL
+)
 
 # All text of the page, that inside of web components and frames included.
-SHOWN = """(function text(node) {
+_SHOWN = """(function text(node) {
   if (node.nodeType === 3) return node.data;
   if (["STYLE", "SCRIPT"].includes(node.nodeName)) return "";
   const inner = node.shadowRoot ? [...node.shadowRoot.childNodes] : [];
@@ -27,87 +31,96 @@ SHOWN = """(function text(node) {
 })(document.body).replace(/\\s+/g, " ")"""
 
 
-class Browser:
-    """One tab of a browser of its own; a context."""
+class Page:
+    """One tab. `requests` are the addresses that it asked for, `complaints` what the browser had to say."""
 
-    def __init__(self, profile: Path):
-        assert CHROMIUM is not None
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--no-first-run", "--disable-sync"]
-        command += ["--disable-background-networking", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-        command += ["--window-size=1400,2000", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
-        self._process = subprocess.Popen(
-            [*command, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self._number = 0
-        self._file = profile / "DevToolsActivePort"
+    def __init__(self, to: int, back: int):
+        self._to, self._back, self._number, self._read = to, back, 0, b""
+        self._session: str | None = None
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Log", "Runtime"):
+            self.call(f"{domain}.enable")
 
-    def __enter__(self) -> Browser:
-        wait_until(lambda: self._file.is_file() and len(self._file.read_text().split()) == 2, "the browser starts")
-        port = int(self._file.read_text().split()[0])
-        pages = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=60).read())
-        path = next(urlsplit(page["webSocketDebuggerUrl"]).path for page in pages if page["type"] == "page")
-        self._socket = socket.create_connection(("127.0.0.1", port), 120)
-        key = base64.b64encode(os.urandom(16)).decode()
-        self._socket.sendall(
-            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
-        )
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            head += self._read(1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
-        self._socket.close()
-
-    def open(self, url: str) -> None:
-        self._call("Page.navigate", url=url)
+    def show(self, address: str, width: int = 1400, height: int = 2000, dark: bool = False) -> None:
+        """Loads an address anew in a window of that size, on a system set to light or dark."""
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.call("Emulation.setEmulatedMedia", features=scheme)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        for place in ("about:blank", address):  # what differs behind the # alone would not be loaded
+            self.call("Page.navigate", url=place)
+            self._until("Page.loadEventFired")
 
     def ask(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        return self._call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def shown(self) -> str:
-        return str(self.ask(SHOWN) or "")
+        """All words of the page."""
+        return str(self.ask(_SHOWN) or "")
 
     def picture(self, file: Path) -> None:
         """Saves what is seen as a PNG."""
-        file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
+        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
-    def _call(self, method: str, **parameters: Any) -> Any:
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
-        text = json.dumps({"id": self._number, "method": method, "params": parameters}).encode()
-        mask = os.urandom(4)
-        masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(text))
-        self._socket.sendall(struct.pack("!BBH", 0x81, 0x80 | 126, len(text)) + mask + masked)
-        while True:
-            answer = json.loads(self._message())
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer
-                return answer["result"]
+        message = {"id": self._number, "method": method, "params": parameters}
+        message |= {"sessionId": self._session} if self._session else {}
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._number:
+            pass
+        assert "error" not in answer, answer
+        return answer["result"]
 
-    def _message(self) -> bytes:
-        parts, last = b"", False
-        while not last:
-            first, size = self._read(2)
-            last, size = bool(first & 0x80), size & 0x7F
-            if size > 125:
-                size = int.from_bytes(self._read(2 if size == 126 else 8))
-            parts += self._read(size)
-        return parts
+    def _until(self, event: str) -> None:
+        while self._next().get("method") != event:
+            pass
 
-    def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            more = self._socket.recv(size - len(data))
-            assert more, "the browser ended"
-            data += more
-        return data
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._read:
+            ready, _, _ = select.select([self._back], [], [], 180)
+            got = os.read(self._back, 1 << 16) if ready else b""
+            assert got, "the browser has ended or does nothing"
+            self._read += got
+        first, _, self._read = self._read.partition(b"\0")
+        message: dict[str, Any] = json.loads(first)
+        if message.get("method") == "Network.requestWillBeSent":
+            self.requests.append(message["params"]["request"]["url"])
+        if message.get("method") == "Log.entryAdded":
+            self.complaints.append(message["params"]["entry"]["text"])
+        return message
 
 
-def wait_until(holds: Any, what: str, seconds: float = 120) -> None:
+@contextlib.contextmanager
+def browser(profile: Path) -> Iterator[Page]:
+    """A browser with one page, which ends with the block."""
+    theirs_in, to = os.pipe()
+    back, theirs_out = os.pipe()
+    command = [str(CHROMIUM), *_FLAGS, f"--user-data-dir={profile}"]
+    shell = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+    process = subprocess.Popen(
+        ["bash", "-c", shell, "bash", *command],
+        pass_fds=(theirs_in, theirs_out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(theirs_in)
+    os.close(theirs_out)
+    try:
+        yield Page(to, back)
+    finally:
+        process.terminate()
+        process.wait(30)
+        os.close(to)
+        os.close(back)
+
+
+def wait_until(holds: Callable[[], object], what: str, seconds: float = 120) -> None:
     """Fails if `holds()` stays false for so long."""
     end = time.monotonic() + seconds
     while not holds():

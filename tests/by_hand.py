@@ -1,7 +1,8 @@
 """The reference for what modules do: a plain transformers model into which one sample's weights are put by formula.
 
 Each sample runs alone and unpadded. Low-rank deltas are added to the matrices, adapters by hooks on whole blocks, and
-attention is written out in float64. Of ours, only `Weights` and the order of sites in a `Geometry` are taken.
+attention is written out in float64. Of ours, only `Weights`, the order of sites in a `Geometry` and how a model is told
+which attention to call are taken.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from hyperpelt_ds.backbones import Backbone
+from hyperpelt_ds.backbones.attention import call_by_name
 from hyperpelt_ds.config import ModulesConfig
 from hyperpelt_ds.contracts import Batch, Block, Site, Weights
 
@@ -111,7 +113,7 @@ def _alone(backbone: Backbone, plain: Any, weights: Weights, sample: Batch, row:
     with_images = {id(p.attention) for s, p in found.items() if s.block == Block.ENCODER_SELF}
     AttentionInterface.register("by_hand", _attention(prefixes, with_images, cells))
     AttentionMaskInterface.register("by_hand", eager_mask)
-    plain.set_attn_implementation("by_hand")
+    call_by_name(plain, "by_hand")
     if weights.norms is not None:
         named = ((m, n) for m in plain.modules() if "Norm" in type(m).__name__ for n in ("weight", "bias"))
         own = [getattr(m, n) for m, n in named if getattr(m, n, None) is not None]

@@ -20,8 +20,10 @@ from wire_bytes import INTERFACE, SAMPLES, TASKS, backbone, config
 
 from hyperpelt_ds.backbones.sharded import Sizes
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.forecast import memory, setup, traffic
-from hyperpelt_ds.forecast.micro_batch import MicroBatch, Mix, Parameter, look
+from hyperpelt_ds.forecast import memory
+from hyperpelt_ds.forecast.micro_batch import MicroBatch, Mix, look
+from hyperpelt_ds.train import setup, traffic
+from hyperpelt_ds.train.traffic import Parameter
 
 SECONDS = 900
 STEPS = 2
@@ -106,7 +108,7 @@ def _record(job: Job, folder: Path, of_ranks: Sequence[dict[str, Any]]) -> dict[
         "trainable": sum(parameter.size for parameter in trainables),
         "backbone": of_ranks[0]["backbone"],
         "sent": max(max(rank["sent"], rank["received"]) for rank in of_ranks) / STEPS,
-        "formula": traffic.per_rank(chosen, trainables, seen, "gloo").total,
+        "formula": traffic.per_rank(chosen, trainables, "gloo", seen.gathered).total,
         "held": max(rank["held"] for rank in of_ranks),
         "held_formula": sum(parts[name] for name in memory.between_steps(chosen)),
     }

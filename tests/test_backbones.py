@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, BertConfig,
 from transformers.masking_utils import eager_mask
 
 from hyperpelt_ds.backbones import Backbone, load_backbone
+from hyperpelt_ds.backbones.attention import call_by_name
 from hyperpelt_ds.backbones.families import family_of
 from hyperpelt_ds.config import ModelConfig
 from hyperpelt_ds.contracts import Weights
@@ -103,7 +104,7 @@ def test_prefixes_equal_explicit_concatenation_sample_by_sample(kind):
     sites = {id(module): number for number, module in enumerate(attentions)}
     AttentionInterface.register("explicit", _explicit(weights, sites))
     AttentionMaskInterface.register("explicit", eager_mask)
-    plain.set_attn_implementation("explicit")
+    call_by_name(plain, "explicit")
     expected = plain_logits(plain, batch)
     actual = run(backbone, weights, batch)
     assert torch.allclose(actual, expected, atol=1e-4)

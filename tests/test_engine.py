@@ -70,7 +70,7 @@ def test_the_same_fact_with_different_values_is_an_error_that_names_both(tmp_pat
     ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto"'),
     ({"checkpoint": {"load_universal": True}}, "unknown key 'checkpoint'"),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is 'nvme'"),
-    ({"comet": {"enabled": True}}, "section 'comet' is enabled and needs the package comet_ml"),
+    ({"comet": {"enabled": True}}, "section 'comet' is enabled and needs the package comet_ml: pip install comet_ml"),
     ({"csv_monitors": {"enabled": True}}, "unknown key 'csv_monitors'; did you mean csv_monitor"),
     ({"fp16": {"enabled": True}}, "fp16 needs ZeRO stage 1, 2 or 3"),
     ("{not json", "not valid JSON"),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from hyperpelt_ds.backbones.shapes import untrained
 from hyperpelt_ds.backbones.sharded import Sizes
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Sample
-from hyperpelt_ds.forecast import memory, setup, step_time, tables, traffic
-from hyperpelt_ds.forecast.micro_batch import Look, MicroBatch, Mix, Parameter, look
-from hyperpelt_ds.forecast.setup import Setup
+from hyperpelt_ds.forecast import memory, step_time, tables
+from hyperpelt_ds.forecast.micro_batch import Look, MicroBatch, Mix, look
 from hyperpelt_ds.kernels.cases import AdapterCase
 from hyperpelt_ds.kernels.plan import plan
+from hyperpelt_ds.train import deepspeed_json, setup, traffic
+from hyperpelt_ds.train.setup import Setup
+from hyperpelt_ds.train.traffic import Parameter
 
 ZERO = ROOT / "ds_configs"
 TRAINABLES = (Parameter(900_000, "Linear"), Parameter(100_000, "Embedding"))
@@ -69,32 +72,60 @@ def test_what_is_not_counted_is_refused(tmp_path):
 @pytest.mark.parametrize("stage, passes", [(0, 2), (1, 2 + 1), (2, 2 * 2 + 1), (3, 2 * (1 + 1))])
 def test_every_stage_sends_its_passes_over_the_trainables(stage, passes):
     """With two micro-batches: gradients go around twice, or once at stage 3 with NCCL; weights once."""
-    found = traffic.per_rank(at(stage, 4, persistent=0), TRAINABLES, MICRO, "nccl")
+    found = traffic.per_rank(at(stage, 4, persistent=0), TRAINABLES, "nccl")
     assert found.gradients + found.weights == pytest.approx(passes * 3 / 4 * 4_000_000)
     assert 0 < found.control < 10_000
-    gloo = traffic.per_rank(at(stage, 4, persistent=0), TRAINABLES, MICRO, "gloo")
+    gloo = traffic.per_rank(at(stage, 4, persistent=0), TRAINABLES, "gloo")
     assert gloo.gradients == (2 if stage == 3 else 1) * found.gradients and gloo.weights == found.weights
 
 
+def test_a_run_foretells_the_same_bytes_from_its_own_model(small):
+    model = counts.model_of(small, untrained(small.model.backbone, 0.0), 4)
+    seen = look(small, 4, Mix(2, 2, 0), None, torch.float32)
+    for stage in range(4):
+        settings = deepspeed_json.merge(ZERO / f"zero{stage}.json", small, 2)
+        found = traffic.of_run(model, small, settings, 2, "gloo")
+        assert found == traffic.per_rank(setup.read(ZERO / f"zero{stage}.json", small, 2), seen.trainables, "gloo")
+        assert found is not None and found.total > 4 * counts.estimate(small, 4).trainable
+
+
+def test_a_run_says_nothing_where_no_formula_holds(small):
+    model = counts.model_of(small, untrained(small.model.backbone, 0.0), 4)
+
+    def said(config: Config, stage: int, **zero: object) -> object:
+        settings = deepspeed_json.merge(ZERO / f"zero{stage}.json", config, 2)
+        return traffic.of_run(model, config, _with(settings, zero), 2, "gloo")
+
+    assert said(small, 3) is not None
+    assert said(small, 3, zero_quantized_weights=True) is None
+    assert said(small.override(["model.shard_backbone=true", "model.dtype=bfloat16"]), 0) is None
+    next(model.parameters()).requires_grad_(False)
+    assert said(small, 2) is not None and said(small, 3) is None, "stage 3 gathers what is not trained as well"
+
+
+def _with(settings: dict[str, Any], zero: dict[str, object]) -> dict[str, Any]:
+    return {**settings, "zero_optimization": {**settings["zero_optimization"], **zero}}
+
+
 def test_one_rank_sends_nothing():
-    sent = [traffic.per_rank(at(stage, 1), TRAINABLES, MICRO, "gloo") for stage in range(4)]
+    sent = [traffic.per_rank(at(stage, 1), TRAINABLES, "gloo") for stage in range(4)]
     assert [found.total for found in sent] == [0, 0, 0, 0]
 
 
 def test_stage_3_gathers_small_parameters_once_a_step_and_far_ones_twice():
-    once = traffic.per_rank(at(3, 2, persistent=100_001), TRAINABLES, MICRO, "nccl").weights
+    once = traffic.per_rank(at(3, 2, persistent=100_001), TRAINABLES, "nccl").weights
     assert once == (2 * 900_000 + 100_000) * 4 / 2
-    twice = traffic.per_rank(at(3, 2, persistent=0, kept_ahead=0), TRAINABLES, MICRO, "nccl").weights
-    half = traffic.per_rank(at(3, 2, persistent=0, kept_ahead=1_000_000), TRAINABLES, MICRO, "nccl").weights
+    twice = traffic.per_rank(at(3, 2, persistent=0, kept_ahead=0), TRAINABLES, "nccl").weights
+    half = traffic.per_rank(at(3, 2, persistent=0, kept_ahead=1_000_000), TRAINABLES, "nccl").weights
     assert (twice, half) == (2 * 2 * 4_000_000 / 2, 2 * 1.5 * 4_000_000 / 2)
 
 
 def test_types_decide_how_wide_a_number_is_on_the_wire():
     half = at(2, 2, weights=torch.bfloat16, reduced=torch.bfloat16)
     whole = at(2, 2)
-    sent = [traffic.per_rank(found, TRAINABLES, MICRO, "nccl") for found in (half, whole)]
+    sent = [traffic.per_rank(found, TRAINABLES, "nccl") for found in (half, whole)]
     assert (sent[0].gradients, sent[0].weights) == (sent[1].gradients / 2, sent[1].weights / 2)
-    some = traffic.per_rank(at(2, 2, halved=("Linear",)), TRAINABLES, MICRO, "nccl")
+    some = traffic.per_rank(at(2, 2, halved=("Linear",)), TRAINABLES, "nccl")
     assert some.gradients == 2 * 2 * (900_000 * 2 + 100_000 * 4) / 2 and some.weights == sent[1].weights
 
 
@@ -193,17 +224,17 @@ def test_a_mix_that_cannot_be_is_refused(small, mix, said):
 def test_a_step_is_the_sum_of_its_parts():
     machine = step_time.Machine(flops=7.0, inside=2e6, between=1e6, per_node=2, hop=0.0, message=0.0, samples=64.0)
     found = at(2, 2)
-    sent = traffic.per_rank(found, TRAINABLES, MICRO, "nccl")
+    sent = traffic.per_rank(found, TRAINABLES, "nccl")
     time = step_time.predict(found, MICRO, sent, 0, machine)
     assert time.compute == 2 * 7 / 7 and time.waiting == 2 * 32 / 64
     assert time.communication == (sent.gradients + sent.weights) / 2e6
     assert time.total == time.compute + time.waiting + time.communication
     assert step_time.predict(found, MICRO, sent, 1, machine).waiting == 0, "read while the rest is computed"
     more = at(2, 4)
-    slower = step_time.predict(more, MICRO, traffic.per_rank(more, TRAINABLES, MICRO, "nccl"), 0, machine)
+    slower = step_time.predict(more, MICRO, traffic.per_rank(more, TRAINABLES, "nccl"), 0, machine)
     assert slower.communication == pytest.approx(1.5 * 2 * time.communication) and slower.efficiency < time.efficiency
     alone = at(2, 1)
-    nothing = traffic.per_rank(alone, TRAINABLES, MICRO, "nccl")
+    nothing = traffic.per_rank(alone, TRAINABLES, "nccl")
     assert step_time.predict(alone, MICRO, nothing, 0, machine).communication == 0
 
 

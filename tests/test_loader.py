@@ -326,7 +326,9 @@ def test_a_state_of_another_run_is_refused_with_the_field_named(manifest, change
 
 
 def test_features_tasks_and_weights_that_do_not_fit_are_refused_before_reading(manifest):
-    with pytest.raises(ValueError, match=r"vision.cells is 4, but the features of .*manifest\.json have 3"):
+    with pytest.raises(
+        ValueError, match=r"vision.cells is 4, but the features of .*manifest\.json have 3; set it to that"
+    ):
         TrainStream(manifest, config(vision={"cells": 4}), TASKS, TOKENIZER, 0, 1)
     with pytest.raises(ValueError, match=r"task 'mood' is not in .*manifest\.json; it holds topic, vqa, caption"):
         TrainStream(manifest, config(), ["mood"], TOKENIZER, 0, 1)

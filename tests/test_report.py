@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 
 import pytest
-from chromium import CHROMIUM, browser
+from browser import CHROMIUM, browser
 from conftest import ROOT
 from PIL import Image
 
@@ -141,6 +141,28 @@ def test_maps_are_of_the_newest_look_and_gradients_of_all_that_had_the_task(full
     assert 'title="movie_sentiment, easy_vqa: −0.50"' in document, "the newest look had no gradient of easy_vqa"
     assert 'title="easy_vqa, decoder 0: 4.50"' in document
     assert "step 40" in document
+
+
+def test_a_share_of_attention_is_the_mean_of_the_looks_that_had_the_task(full_run):
+    lines = [json.loads(line) for line in (full_run / "observations.jsonl").read_text().splitlines()]
+    for look, share in zip(lines, ([0.2, 0.6], [0.4, None]), strict=True):
+        look["prefix_share"] = {"encoder_self": share}
+    (full_run / "observations.jsonl").write_text("".join(json.dumps(look) + "\n" for look in lines))
+    document = page.page([files.read(full_run)])
+    assert 'title="movie_sentiment, encoder_self: 0.30"' in document
+    assert 'title="easy_vqa, encoder_self: 0.60"' in document
+
+
+def test_a_small_number_of_a_map_is_not_called_zero():
+    assert ">0.00<" in chart.matrix(["a"], ["b"], [[0.0]], "map", 1.0)
+    assert ">0.31<" in chart.matrix(["a"], ["b"], [[0.31]], "map", 1.0)
+    assert f">{html.short(0.0021)}<" in chart.matrix(["a"], ["b"], [[0.0021]], "map", 1.0)
+
+
+def test_scores_that_are_all_zero_stand_at_the_foot_of_a_scale_to_one():
+    drawn = chart.curves("eval/mean", "score", [chart.Line("a", "", 0, [(1, 0.0), (2, 0.0)])], (0.0, 1.0))
+    marks = re.findall(r"<text[^>]*>([^<]+)</text>", drawn)
+    assert "1" in marks and not any(mark.startswith("−") for mark in marks)
 
 
 def test_examples_are_of_the_newest_validation_and_pictures_lie_in_the_run(full_run):
@@ -407,7 +429,7 @@ def test_a_browser_draws_the_page_in_every_window_and_light_and_loads_nothing_el
     with browser(tmp_path / "profile") as tab:
         for width in (360, 1400):
             for dark in (False, True):
-                tab.show(file, width, dark)
+                tab.show(file.resolve().as_uri(), width, dark=dark)
                 grounds[dark] = tab.ask("getComputedStyle(document.body).backgroundColor")
                 wide = tab.ask("document.documentElement.scrollWidth")
                 assert wide <= width, f"the page is {wide} wide in a window of {width}"
@@ -427,6 +449,6 @@ def test_a_browser_draws_the_page_in_every_window_and_light_and_loads_nothing_el
         assert tab.ask("document.title") == "first · a_second_run_with_a_longer_name – report"
         assert tab.ask("document.querySelectorAll('script, b').length") == 0
         assert tab.complaints == []
-        loaded = {address for address in tab.requests if not address.startswith("data:")}
+        loaded = {address for address in tab.requests if not address.startswith(("data:", "about:"))}
         assert loaded == {file.resolve().as_uri()}
     assert grounds[False] != grounds[True]

@@ -155,7 +155,7 @@ def test_loading_names_a_shard_that_is_missing_and_reads_no_other_file(folder, t
     for suffix in (".tar", ".idx"):
         moved = copy(folder, tmp_path / suffix)
         (moved / shard).with_suffix(suffix).unlink()
-        with pytest.raises(ValueError, match=rf"shard {shard}\.tar: missing: .*{shard}\{suffix} does not exist"):
+        with pytest.raises(ValueError, match=rf"shard {shard}\.tar: missing: .*{shard}\{suffix} does not exist; copy"):
             Manifest.load(moved / MANIFEST)
     moved = copy(folder, tmp_path / "unread")
     for file in moved.rglob("*-0*"):
@@ -206,7 +206,7 @@ def test_loading_names_a_lookup_that_is_missing_unless_it_is_told_to_look_at_no_
     lookup = Manifest.load(moved / MANIFEST).features.lookup
     for path in moved.rglob("lookup-*.idx"):
         path.unlink()
-    with pytest.raises(ValueError, match=rf"manifest\.json: missing: .*{lookup} does not exist"):
+    with pytest.raises(ValueError, match=rf"manifest\.json: missing: .*{lookup} does not exist; copy"):
         Manifest.load(moved / MANIFEST)
     (moved / "topic/train-000000.tar").unlink()
     assert Manifest.load(moved / MANIFEST, check_files=False).digest == Manifest.load(folder / MANIFEST).digest

@@ -11,12 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 from PIL import Image
 from test_building import build, entries, tree
 from test_text_builders import script
 from untrained import untrained_run
 
-from hyperpelt_ds import tasks
+from hyperpelt_ds import recipes, tasks
+from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.check import check_samples
 from hyperpelt_ds.data.collate import collator_for
@@ -25,6 +27,7 @@ from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.manifest import MANIFEST, Manifest
 from hyperpelt_ds.model import load
 from hyperpelt_ds.tasks import metrics
+from hyperpelt_ds.train import loop
 from hyperpelt_ds.train.answering import answers, asker
 
 table = script("table").table
@@ -237,6 +240,41 @@ def test_paths_of_images_start_at_the_root_that_is_given_and_a_missing_one_is_na
 
 
 # ---- from the table to a score
+
+
+def test_the_commands_it_says_next_would_train_on_what_was_built(tmp_path, capsys):
+    data = write(tmp_path / "t.csv", rows())
+    table(**_request(tmp_path / "out", data=str(data), labels="auto"))
+    commands = _commands(capsys.readouterr().out)
+    assert [words[words.index("--recipe") + 1] for words in commands] == ["glue_t5_base", "demo"]
+    for words in commands:
+        config = _config(words)
+        assert (ROOT / words[words.index("--ds_config") + 1]).is_file()
+        manifest = Manifest.of(config.data)
+        assert loop.resolve(config, manifest).data.tasks == ("tickets",)
+        assert config.vision.encoder is None, "the task has no images"
+        assert config.train.steps <= 2000, "a recipe's own number is for millions of samples"
+
+
+def test_for_images_it_says_where_the_settings_of_vision_come_from(tmp_path, photos, capsys):
+    data = write(tmp_path / "t.csv", _shots(["red/a.png"]))
+    table(**_request(tmp_path / "out", train=str(data), image="photo", image_root=str(photos)))
+    said = capsys.readouterr().out
+    assert "next: image features of images/tickets.jsonl: python data_prep/features.py" in said
+    for words in _commands(said):
+        assert words[-1] == "VISION" and _config(words[:-1]).data.tasks == ("tickets",)
+    assert "VISION are the settings vision.... that data_prep/features.py prints" in said
+
+
+def _commands(said: str) -> list[list[str]]:
+    found = [line.split() for line in said.splitlines() if line.startswith("  deepspeed ")]
+    assert len(found) == 2
+    return found
+
+
+def _config(words: list[str]) -> Config:
+    values = [word for word in words if "=" in word]
+    return recipes.get(words[words.index("--recipe") + 1]).override(values)
 
 
 def test_a_table_trains_and_is_scored_beside_a_task_of_the_package(tmp_path, config):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser, wait_until
+from browser import CHROMIUM, browser, wait_until
 from PIL import Image
 from test_observation import TASKS, seen, step, three_tasks, tiny
 
@@ -63,14 +63,14 @@ def test_tensorboard_draws_a_curve_for_every_figure_of_a_run(tmp_path):
     for at in range(1, 30):
         writer.write(at, {name: math.exp(-at / 10) + i for i, name in enumerate(names)})
     writer.close()
-    with tensorboard(tmp_path / "run") as address, Browser(tmp_path / "profile") as browser:
-        browser.open(f"{address}/?tagFilter=.#timeseries")
+    with tensorboard(tmp_path / "run") as address, browser(tmp_path / "profile") as tab:
+        tab.show(f"{address}/?tagFilter=.#timeseries")
         titles = "[...document.querySelectorAll('scalar-card-component [title]')].map(node => node.title)"
-        wait_until(lambda: set(names) <= set(browser.ask(titles)), "a card for every figure")
+        wait_until(lambda: set(names) <= set(tab.ask(titles)), "a card for every figure")
         cards = 'document.querySelectorAll("scalar-card-component canvas").length'
-        wait_until(lambda: browser.ask(cards) >= len(names), "a curve on every card")
+        wait_until(lambda: tab.ask(cards) >= len(names), "a curve on every card")
         # the curve is drawn on a canvas; the table below it reads the last point from the same data
-        wait_until(lambda: browser.shown().count(" 29 ") >= len(names), "the last step on every card")
+        wait_until(lambda: tab.shown().count(" 29 ") >= len(names), "the last step on every card")
 
 
 def test_tensorboard_shows_what_a_look_found_and_what_was_answered(tmp_path):
@@ -88,17 +88,16 @@ def test_tensorboard_shows_what_a_look_found_and_what_was_answered(tmp_path):
     ]
     display.show_answers(writer, run, pictures, 7, 0, answers)
     writer.close()
-    with tensorboard(run) as address, Browser(tmp_path / "profile") as browser:
+    with tensorboard(run) as address, browser(tmp_path / "profile") as tab:
 
-        def shows(tab: str, *words: str) -> None:
-            browser.open("about:blank")
-            browser.open(f"{address}/#{tab}")
-            wait_until(lambda: all(word in browser.shown() for word in words), f"{words} in {tab}")
-            browser.picture(tmp_path / f"{tab}.png")
+        def shows(place: str, *words: str) -> None:
+            tab.show(f"{address}/#{place}")
+            wait_until(lambda: all(word in tab.shown() for word in words), f"{words} in {place}")
+            tab.picture(tmp_path / f"{place}.png")
 
         shows("histograms", "generated/task/encoder_ffn/adapter", "hyper_embeddings")
         shows("text", "what is *said* here", "answered: something", "expected: this / that", "answered: blue")
         shows("images", "gradients/cosine_adapter", "gradients/cosine_prefix", "samples", "mixture")
-        wait_until(lambda: browser.ask(PICTURES) >= 2, "both matrices of the first group")
+        wait_until(lambda: tab.ask(PICTURES) >= 2, "both matrices of the first group")
         points = len(TASKS) * len(model.backbone.geometry.sites)
         shows("projector", "task_hyper_embeddings", f"Points: {points}", "block", "layer")

@@ -185,7 +185,7 @@ def test_every_documented_figure_is_reported_for_every_task(finished_run, config
     tasks = list(Manifest.load(config.data.manifest).tasks)
     assert {
         "train/loss", "train/learning_rate", "train/gradient_norm", "perf/samples_per_second", "perf/tokens_per_second",
-        "perf/memory_gib", "data/padding_share", "data/holes", "data/wait_fraction",
+        "perf/memory_gib", "perf/sent_mib_by_formula", "data/padding_share", "data/holes", "data/wait_fraction",
     } <= first.keys()  # fmt: skip
     assert {f"train/{task}/loss" for task in tasks} <= {name for line in lines(finished_run(2)) for name in line}
     validation = next(line for line in lines(finished_run(2)) if "eval/mean" in line)

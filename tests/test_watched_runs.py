@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import IMAGE_TASKS, TEXT_TASKS
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hyperpelt_ds.config import to_dict
@@ -44,6 +45,18 @@ def test_a_look_finds_the_same_at_zero_2_and_3(alone):
 @pytest.mark.slow
 def test_a_look_at_zero_2_and_3_finds_the_same_on_two_ranks(finished_run):
     check_same(finished_run(2), finished_run(3), 9)
+
+
+@pytest.mark.slow
+def test_two_ranks_report_the_bytes_that_each_sends(finished_run):
+    """Gradients twice around and weights once, each micro-batch's gradients by themselves: docs/scaling.md."""
+    run = finished_run(2)
+    rows = [row for row in lines(run / "metrics.jsonl") if "perf/sent_mib_by_formula" in row]
+    trainable = sum(parameter.numel() for parameter in load_file(run / "best" / "weights.safetensors").values())
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    messages = 2 * 400 * 3
+    for row in rows:
+        assert row["perf/sent_mib_by_formula"] * 2**20 == (2 * 2 * 4 + 4) * trainable / 2 + messages
 
 
 def check_same(first: Path, second: Path, steps: int) -> None:

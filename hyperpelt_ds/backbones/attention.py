@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from hyperpelt_ds.backbones.slot import Slot
@@ -86,6 +86,17 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
+
+
+def call_by_name(model: PreTrainedModel, name: str = NAME) -> None:
+    """Makes every attention of `model` call the function registered under `name`.
+
+    Stack by stack: transformers before 5.20 passes by T5's, whose configurations are copies of the model's; prefixes
+    would be left out without a word.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation(name)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -59,7 +59,7 @@ class Backbone:
         """Tokens that are never generated. Taken out of the settings: transformers looks through the whole vocabulary
         for them at every token (1.5 % of a decode on a CPU)."""
         model.generation_config.suppress_tokens = None
-        model.set_attn_implementation(attention.NAME)
+        attention.call_by_name(model)
         self.geometry = hooks.attach(model, self._family, self.modules, self.slot)
         self._places: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_places)

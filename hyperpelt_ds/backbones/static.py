@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.versions import require_version
 
@@ -61,9 +61,9 @@ def attach(model: Any, folder: str | Path) -> Callable[[], None]:
     if model.config.is_encoder_decoder and hasattr(model.get_encoder(), "image_tokens"):
         undo += _image(model, model.get_encoder())
     undo.append(functools.partial(setattr, model, "generation_config", model.generation_config))
-    undo.append(functools.partial(model.set_attn_implementation, model.config._attn_implementation))
+    undo.append(functools.partial(_call_attention, model, model.config._attn_implementation))
     model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.set_attn_implementation(NAME)
+    _call_attention(model, NAME)
 
     def detach() -> None:
         while undo:
@@ -93,6 +93,13 @@ def sample(model: Any) -> Tensor:
     """Sixteen numbers of the word embeddings, float32, by which one model is told from another of its type."""
     weight = model.get_input_embeddings().weight.detach().flatten()
     return weight[:: max(1, len(weight) // 16)][:16].float().cpu()
+
+
+def _call_attention(model: Any, name: str) -> None:
+    """Stack by stack: transformers before 5.20 passes by T5's, whose configurations are copies of the model's."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation(name)
 
 
 def _put(module: nn.Module, field: str, tensor: Tensor) -> Callable[[], None]:

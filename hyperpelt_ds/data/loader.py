@@ -244,7 +244,8 @@ def check_vision(manifest: Manifest, config: Config) -> None:
     for name in ("cells", "channels", "encoder", "image_size", "stage"):
         if name in made and made[name] != getattr(wanted, name):
             raise ValueError(
-                f"vision.{name} is {getattr(wanted, name)!r}, but the features of {manifest.path} have {made[name]!r}"
+                f"vision.{name} is {getattr(wanted, name)!r}, but the features of {manifest.path} have {made[name]!r}; "
+                f"set it to that, or encode the pictures anew (data_prep/features.py)"
             )
 
 

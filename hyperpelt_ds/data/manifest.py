@@ -166,11 +166,17 @@ class Manifest:
             size = self.folder.size(shard.path)
             for name, found in ((shard.path, size), (shard.index_path, self.folder.size(shard.index_path))):
                 if found is None:
-                    raise ValueError(f"shard {shard.path}: missing: {self.folder.root}/{name} does not exist")
+                    raise ValueError(
+                        f"shard {shard.path}: missing: {self.folder.root}/{name} does not exist; copy the data set "
+                        f"whole, or build it again"
+                    )
             if size != shard.bytes:
                 others.append(f"shard {shard.path}: size differs from the manifest: {size} bytes, not {shard.bytes}")
         if self.features and self.folder.size(self.features.lookup) is None:
-            raise ValueError(f"manifest {self.path}: missing: {self.folder.root}/{self.features.lookup} does not exist")
+            raise ValueError(
+                f"manifest {self.path}: missing: {self.folder.root}/{self.features.lookup} does not exist; copy the "
+                f"data set whole, or make the features again (data_prep/features.py)"
+            )
         if others:
             log.warning(
                 "%s%s. What is damaged in them is left out as it is met; `python data_prep/verify.py %s` lists it",

@@ -45,7 +45,10 @@ def mixture(counts: Mapping[str, int], temperature: float, weights: Mapping[str,
     if empty or not counts:
         raise ValueError(f"tasks without samples cannot be drawn from: {empty}")
     if weights and set(weights) != set(counts):
-        raise ValueError(f"data.task_weights names {sorted(weights)}, but the tasks of the run are {sorted(counts)}")
+        raise ValueError(
+            f"data.task_weights names {sorted(weights)}, but the tasks of the run are {sorted(counts)}; "
+            f"give each of these a weight"
+        )
     shares = dict(weights) if weights else {task: n ** (1 / temperature) for task, n in counts.items()}
     total = sum(shares.values())
     return {task: shares[task] / total for task in counts}

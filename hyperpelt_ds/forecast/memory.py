@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hyperpelt_ds.backbones.sharded import Sizes
-from hyperpelt_ds.forecast.micro_batch import MicroBatch, Parameter
-from hyperpelt_ds.forecast.setup import Setup
+from hyperpelt_ds.forecast.micro_batch import MicroBatch
+from hyperpelt_ds.train.setup import Setup
+from hyperpelt_ds.train.traffic import Parameter
 
 FP32 = 4
 MOMENTS = 2

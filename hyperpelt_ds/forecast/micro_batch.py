@@ -24,6 +24,7 @@ from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Sample, Unmade
 from hyperpelt_ds.forecast.gathering import Gathering, storage_of
 from hyperpelt_ds.model import HyperPELT
+from hyperpelt_ds.train.traffic import Parameter, trainables
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,6 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A trainable: how many numbers, and the class of the module it belongs to."""
-
-    size: int
-    owner: str
-
-
-@dataclass(frozen=True)
 class Look:
     """What was seen of a configuration's model."""
 
@@ -88,19 +81,10 @@ def look(config: Config, tasks: int, mix: Mix, autocast: torch.dtype | None, wei
             shape.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         return Look(
-            tuple(_trainables(model)),
+            tuple(trainables(model)),
             Sizes((), 0) if model.backbone.trainable else model.backbone.sizes,
             _run(model, _batch(config, mix, *rows), autocast, config.model.shard_backbone),
         )
-
-
-def _trainables(model: nn.Module) -> Iterator[Parameter]:
-    seen: set[int] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield Parameter(parameter.numel(), type(module).__name__)
 
 
 def _run(model: HyperPELT, batch: Batch, autocast: torch.dtype | None, split: bool) -> MicroBatch:

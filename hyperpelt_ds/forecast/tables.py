@@ -11,11 +11,12 @@ from typing import Any
 from hyperpelt_ds import recipes
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.counts import amount
-from hyperpelt_ds.forecast import memory, setup, step_time, traffic
+from hyperpelt_ds.forecast import memory, step_time
 from hyperpelt_ds.forecast.micro_batch import Look, Mix, look
-from hyperpelt_ds.forecast.setup import Setup
 from hyperpelt_ds.forecast.step_time import Machine
-from hyperpelt_ds.forecast.traffic import Traffic
+from hyperpelt_ds.train import setup, traffic
+from hyperpelt_ds.train.setup import Setup
+from hyperpelt_ds.train.traffic import Traffic
 
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("demo", ("train.micro_batch=16",)),
@@ -82,7 +83,7 @@ def combine(chosen: Setup, mix: Mix, seen: Look, backend: str) -> Forecast:
     return Forecast(
         *(chosen, mix, seen, backend, held),
         host=memory.on_host(chosen, seen.trainables),
-        traffic=traffic.per_rank(chosen, seen.trainables, seen.micro_batch, backend),
+        traffic=traffic.per_rank(chosen, seen.trainables, backend, seen.micro_batch.gathered),
     )
 
 

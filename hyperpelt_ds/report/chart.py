@@ -57,7 +57,7 @@ def curves(title: str, unit: str, lines: Sequence[Line], bounds: Point | None = 
     values = [p[1] for points in drawn for p in points]
     low, high = _reach(values)
     log = noisy and low > 0 and high / max(points[-1][1] for points in drawn if points) > _LOG_FROM
-    if bounds and bounds[0] <= low and high <= bounds[1]:
+    if bounds and bounds[0] <= min(values) and max(values) <= bounds[1]:
         low, high = bounds
     elif not log:
         low, high = _rounded(low, high)
@@ -244,7 +244,10 @@ def _numbers(lines: Sequence[Line], drawn: Sequence[Sequence[Point]], note: str)
 def _cell(row: str, column: str, value: float | None, limit: float) -> Html:
     if value is None or not math.isfinite(value):
         return tag("td", "", title=f"{row}, {column}: not known")
-    text = f"{value:.2f}".replace("-", "−") if abs(value) < 100 else number(round(value))
+    if 0 < abs(value) < 0.005:  # two places would call it nothing
+        text = short(value)
+    else:
+        text = f"{value:.2f}".replace("-", "−") if abs(value) < 100 else number(round(value))
     share = min(1.0, abs(value) / limit) if limit else 0.0
     kind = "above" if value > 0 else "below"
     return tag("td", text, class_=kind, style=f"--share:{share:.2f}", title=f"{row}, {column}: {text}")

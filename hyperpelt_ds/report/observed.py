@@ -19,7 +19,7 @@ from hyperpelt_ds.report.html import Html, join, number, tag
 from hyperpelt_ds.report.shown import Shown
 
 _LOOKS = 20
-"""Gradients are of one step's samples; their cosines are means over the newest so many looks."""
+"""Gradients and shares of attention are of one step's samples: shown are means over the newest so many looks."""
 _EACH = 4
 """Answers that are shown of each task."""
 _THUMBNAIL = 256
@@ -48,7 +48,8 @@ def maps(runs: Sequence[Shown]) -> Html | None:
     )
     said = (
         f"The newest look: {steps}. Cosines: 1 is the same direction, 0 nothing in common, below 0 opposed. Gradients "
-        f"below 0 are tasks in conflict: what helps one harms the other; they are means over the last {_LOOKS} looks. "
+        f"below 0 are tasks in conflict: what helps one harms the other. They and shares of attention are means over "
+        f"the last {_LOOKS} looks. "
         "A cell is empty where no look could tell."
     )
     parts: list[Html] = []
@@ -85,7 +86,8 @@ def _maps(looks: Sequence[Mapping[str, Any]]) -> dict[str, Map]:
     """Title -> map, of the newest look, or of the newest looks that had the same tasks."""
     last = looks[-1]
     tasks, weights = last["tasks"], last.get("weights", {})
-    gradients = [look["gradients"] for look in looks[-_LOOKS:] if look["tasks"] == tasks and "gradients" in look]
+    near = [look for look in looks[-_LOOKS:] if look["tasks"] == tasks]
+    gradients = [look["gradients"] for look in near if "gradients" in look]
     kinds = list(dict.fromkeys(kind for found in gradients for kind in found))
     drawn = {
         f"hyper-embeddings ({condition}), cosine": Map(tasks, tasks, found["cosines"])
@@ -100,9 +102,12 @@ def _maps(looks: Sequence[Mapping[str, Any]]) -> dict[str, Map]:
         drawn["gradients, norm"] = Map(tasks, kinds, _turned(norms), bounded=False)
     for kind, found in weights.items():
         drawn[f"{kind} weights, norm"] = Map(tasks, last["layers"], found["norms"], bounded=False)
-    for key, title in (("prefix_share", "attention that goes to the prefix, share"), ("mixture", "samples, share")):
-        if last.get(key):
-            drawn[title] = Map(tasks, list(last[key]), _turned(last[key].values()))
+    shares = [look["prefix_share"] for look in near if "prefix_share" in look]
+    if shares:
+        means = [mean([[found[block]] for found in shares if block in found])[0] for block in shares[-1]]
+        drawn["attention that goes to the prefix, share"] = Map(tasks, list(shares[-1]), _turned(means))
+    if last.get("mixture"):
+        drawn["samples, share"] = Map(tasks, list(last["mixture"]), _turned(last["mixture"].values()))
     return drawn
 
 

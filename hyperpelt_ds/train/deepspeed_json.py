@@ -122,7 +122,7 @@ def _faults(tree: dict[str, Any], config: Config) -> Iterator[str]:
             yield f"zero_optimization.{offload}.device is 'nvme', which no checkpoint holds; use 'cpu'"
     for section, package in _PACKAGES.items():
         if tree.get(section, {}).get("enabled") and find_spec(package) is None:
-            yield f"section {section!r} is enabled and needs the package {package}"
+            yield f"section {section!r} is enabled and needs the package {package}: pip install {package}"
     for name in _autos(tree):
         yield f'{name} is "auto", but the recipe has no value for it; give one'
 

@@ -36,6 +36,7 @@ from hyperpelt_ds.train import (
     randomness,
     steps,
     supervision,
+    traffic,
     transfer,
 )
 from hyperpelt_ds.train.checkpoint import Progress, Saver
@@ -47,7 +48,8 @@ log = dist.logger(__name__)
 
 
 class Ready(NamedTuple):
-    """All that is there before the first step; `decided` is what was chosen for new tasks, if this run begins some."""
+    """All that is there before the first step; `decided` is what was chosen for new tasks, if this run begins some, and
+    `sent` the bytes that a rank will send in a step, where a formula says it."""
 
     config: Config
     manifest: Manifest
@@ -55,6 +57,7 @@ class Ready(NamedTuple):
     engine: Engine
     backbone: str
     decided: dict[str, Any] | None
+    sent: float | None
 
 
 def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bool = False) -> HyperPELT:
@@ -92,13 +95,14 @@ def prepare(config: Config, ds_config: Path, folder: Path) -> Ready:
     if config.transfer.init_from and checkpoint.newest(folder) is None:
         decided = transfer.start(model, config, manifest)
     transfer.freeze(model, config)
+    sent = traffic.of_run(model, config, settings, dist.world_size(), torch.distributed.get_backend())
     wrapped = engine.start(model, config, ds_config)
     randomness.seed(config.train.seed, dist.rank())  # each rank its own dropout
-    return Ready(config, manifest, model, wrapped, backbone, decided)
+    return Ready(config, manifest, model, wrapped, backbone, decided, sent.total if sent else None)
 
 
 def _train(ready: Ready, folder: Path, watchdog: Watchdog) -> HyperPELT:
-    config, manifest, model, wrapped, backbone, decided = ready
+    config, manifest, model, wrapped, backbone, decided, sent = ready
     saved = _resume(folder, wrapped, config, backbone)
     run = steps.Run(
         config,
@@ -110,6 +114,7 @@ def _train(ready: Ready, folder: Path, watchdog: Watchdog) -> HyperPELT:
         Saver(folder, config, backbone),
         watchdog,
         wrapped.monitor,
+        sent,
     )
     agreement.check_shared(folder)
     supervision.record_process(folder, dist.rank())

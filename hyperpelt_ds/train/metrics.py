@@ -10,6 +10,7 @@ monitors that the DeepSpeed JSON asks for. It must not know when a log step is, 
     train/skipped_steps                 steps of the run that changed no weight
     perf/samples_per_second, perf/tokens_per_second   over all ranks; tokens are real source and target tokens
     perf/memory_gib                     peak of the busiest rank: device memory, or the process's on a CPU
+    perf/sent_mib_by_formula            what a rank sends in a step (train/traffic.py): told, not measured
     data/padding_share                  share of the batches' token places that were padding
     data/truncated                      sources cut at data.max_source_length since this process began, over all ranks
     data/holes                          samples that were drawn and could not be used, since the run's first step

@@ -49,6 +49,8 @@ class Run:
     saver: Saver
     watchdog: Watchdog
     monitor: Monitor | None = None
+    sent: float | None = None
+    """Bytes that a rank sends in a step, where a formula says it."""
 
 
 def take(run: Run, progress: Progress) -> None:
@@ -231,6 +233,8 @@ class _Steps:
             values["data/holes"] = self.ledger.count(self.progress.stream.samples)
         except ValueError as error:  # on every rank
             raise DataFault(str(error)) from None
+        if self.run.sent is not None:
+            values["perf/sent_mib_by_formula"] = self.run.sent / 2**20
         values["train/learning_rate"] = learning_rate
         values["train/skipped_steps"] = self.bad.count
         if applied:

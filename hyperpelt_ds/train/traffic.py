@@ -6,17 +6,29 @@ interface. A frozen backbone sends nothing unless it is split over the ranks (ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from hyperpelt_ds.forecast.micro_batch import MicroBatch, Parameter
-from hyperpelt_ds.forecast.setup import Setup
+from torch import nn
+
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.train import setup as setups
+from hyperpelt_ds.train.setup import Setup
 
 BACKENDS = ("gloo", "nccl")
 MESSAGE = 400
 """Bytes of a message that carries next to nothing, headers and acknowledgements included (measured: 320 to 560)."""
 NORMS = 2
 """All-reduces of one number that ZeRO's own clipping and checks take in a step."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trainable: how many numbers, and the class of the module it belongs to."""
+
+    size: int
+    owner: str
 
 
 @dataclass(frozen=True)
@@ -35,8 +47,33 @@ class Traffic:
         return self.gradients + self.weights + self.backbone + self.control
 
 
-def per_rank(setup: Setup, trainables: Sequence[Parameter], micro_batch: MicroBatch, backend: str) -> Traffic:
-    """What a rank sends in a step of `setup`, by what it is."""
+def trainables(model: nn.Module) -> Iterator[Parameter]:
+    """Those of a model that no engine has taken apart yet."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield Parameter(parameter.numel(), type(module).__name__)
+
+
+def of_run(model: nn.Module, config: Config, settings: dict[str, Any], world_size: int, backend: str) -> Traffic | None:
+    """What a rank will send in a step of training `model`, which no engine has yet, with merged `settings`.
+
+    None where it is not known: what setup.not_counted names, frozen parameters that stage 3 hands around, and a split
+    backbone, of which a run does not know how much each of its passes gathers.
+    """
+    setup = setups.of(settings, config, world_size)
+    if setups.not_counted(settings) or setup.splits_backbone:
+        return None
+    if setup.stage == 3 and not all(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    return per_rank(setup, list(trainables(model)), backend)
+
+
+def per_rank(setup: Setup, trainables: Sequence[Parameter], backend: str, gathered: int = 0) -> Traffic:
+    """What a rank sends in a step of `setup`, by what it is. `gathered`: bytes of frozen weights that become whole in a
+    micro-batch, where the backbone is split."""
     crossing = (setup.world_size - 1) / setup.world_size
     gradients = crossing * sum(p.size * gradient_width(setup, p) for p in trainables)
     times = setup.accumulation if setup.stage >= 2 else 1
@@ -44,10 +81,10 @@ def per_rank(setup: Setup, trainables: Sequence[Parameter], micro_batch: MicroBa
     if setup.stage in (1, 2):
         weights = crossing * setup.weights.itemsize * sum(p.size for p in trainables)
     elif setup.stage == 3:
-        gathered = sum(p.size * _weight_width(setup, p) for p in trainables if p.size >= setup.persistent)
+        fetched = sum(p.size * _weight_width(setup, p) for p in trainables if p.size >= setup.persistent)
         standing = sum(p.size * _weight_width(setup, p) for p in trainables if p.size < setup.persistent)
-        weights = crossing * (setup.accumulation * gathers(setup, trainables) * gathered + standing)
-    backbone = crossing * setup.accumulation * micro_batch.gathered if setup.splits_backbone else 0.0
+        weights = crossing * (setup.accumulation * gathers(setup, trainables) * fetched + standing)
+    backbone = crossing * setup.accumulation * gathered if setup.splits_backbone else 0.0
     control = MESSAGE * 2 * (setup.world_size - 1) * (1 + (NORMS if setup.stage else 0))
     return Traffic(reductions(setup, backend) * times * gradients, weights, backbone, control)
 

@@ -71,35 +71,49 @@ class Setup:
 def read(path: str | Path, config: Config, world_size: int) -> Setup:
     """The setup of a run of `config` with the DeepSpeed JSON at `path` on so many ranks.
 
-    Raises ValueError for whatever the run itself would refuse, and for the settings of ZeRO that are not counted here.
+    Raises ValueError for whatever the run itself would refuse, and for settings that are not counted here.
     """
     if world_size < 1:
         raise ValueError(f"--world_size must be at least 1, got {world_size}")
-    tree = deepspeed_json.merge(path, config, world_size)
-    zero = tree.get("zero_optimization", {})
+    settings = deepspeed_json.merge(path, config, world_size)
+    reason = not_counted(settings)
+    if reason:
+        raise ValueError(f"{path}: {reason}")
+    return of(settings, config, world_size)
+
+
+def not_counted(settings: dict[str, Any]) -> str | None:
+    """What in merged `settings` makes ranks exchange or hold something that is not counted here."""
+    zero = settings.get("zero_optimization", {})
     for name, counted in _NOT_COUNTED.items():
         if zero.get(name, counted) != counted:
-            raise ValueError(f"{path}: zero_optimization.{name} is {zero[name]!r}, which is not counted here")
+            return f"zero_optimization.{name} is {zero[name]!r}, which is not counted here"
+    return None
+
+
+def of(settings: dict[str, Any], config: Config, world_size: int) -> Setup:
+    """The setup of a run of `config` with `settings` that deepspeed_json.merge made, all of which are counted."""
+    zero = settings.get("zero_optimization", {})
 
     def size(name: str) -> int:
         return int(zero.get(name, DEFAULTS[name]))
 
     stage = int(zero.get("stage", 0))
-    autocast = tree.get("torch_autocast", {})
+    autocast = settings.get("torch_autocast", {})
     autocasts = bool(autocast.get("enabled"))
-    weights = next((type_ for name, type_ in _HALF.items() if tree.get(name, {}).get("enabled")), torch.float32)
-    crossing = tree.get("communication_data_type")
+    weights = next((type_ for name, type_ in _HALF.items() if settings.get(name, {}).get("enabled")), torch.float32)
+    crossing = settings.get("communication_data_type")
     overlaps = zero.get("overlap_comm")
     return Setup(
         world_size=world_size,
         stage=stage,
         micro_batch=config.train.micro_batch,
-        accumulation=int(tree["gradient_accumulation_steps"]),
+        accumulation=int(settings["gradient_accumulation_steps"]),
         weights=weights,
         autocast=_type(autocast.get("dtype", "bfloat16")) if autocasts else None,
         halved=_halved(autocast) if autocasts and stage else (),
         reduced=weights if crossing is None else _type(crossing),
-        accumulated=_type(tree["data_types"].get("grad_accum_dtype") or str(weights).removeprefix("torch.")),
+        accumulated=_type(settings["data_types"].get("grad_accum_dtype") or str(weights).removeprefix("torch.")),
         bucket=size("reduce_bucket_size"),
         buckets=2 if (stage == 3 if overlaps is None else overlaps) and stage in (1, 2) else 1,
         scatters=bool(zero.get("reduce_scatter", True)),
