@@ -91,8 +91,8 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 def call_by_name(model: PreTrainedModel, name: str = NAME) -> None:
     """Makes every attention of `model` call the function registered under `name`.
 
-    Stack by stack: transformers before 5.20 passes by T5's, whose configurations are copies of the model's; prefixes
-    would be left out without a word.
+    Stack by stack: transformers before 5.20 passes by T5's, whose configurations are copies of the model's,
+    and prefixes would be left out without a word.
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
