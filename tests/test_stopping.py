@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -266,6 +267,35 @@ def test_a_rank_asleep_is_noticed_by_all_and_started_again_until_it_is_clear_tha
 def commands() -> list[str]:
     done = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_supervised_run_hit_at_random_again_and_again_ends_as_the_undisturbed_one(start, config, tmp_path):
+    """Ten blows, from 3 to 30 steps apart: kills and signals, to ranks and to what launched them."""
+    draw, run, whole = random.Random(8), tmp_path / "run", tmp_path / "whole"
+    changes = ("train.steps=400", "train.eval_every=100", "train.save_every=10", "model.dropout=0.1")
+    assert start(training(config, whole, *changes)).wait(600) == 0
+    supervise = ["python", "launch/supervise.py", "--wait", "0", "--cycles", "10", "--"]
+    child, mark = start([*supervise, *training(config, run, *changes)]), 0
+    for _ in range(10):
+        mark += draw.randint(3, 30)
+        wait_for(lambda: said(run, f'"step": {mark},'), child, 600)  # noqa: B023  waited for at once
+        rank = process_of(run, draw.randint(0, 1))
+        victim = draw.choice([rank, rank, parent(rank), parent(parent(rank))])
+        os.kill(victim, signal.SIGKILL if victim != rank else draw.choice(BLOWS))
+    assert child.wait(600) == 0, (tmp_path / "output1").read_text()[-4000:]
+    assert 2 < (tmp_path / "output1").read_text().count("supervise: started") <= 11
+    for name in ("train/loss", "train/gradient_norm", "eval/mean"):
+        assert figures(run, name) == figures(whole, name)
+    assert all(torch.equal(tensor, final_weights(run)[name]) for name, tensor in final_weights(whole).items())
+
+
+BLOWS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.slow
