@@ -26,8 +26,8 @@ def demo() -> Config:
     return Config(
         recipe="demo",
         model=ModelConfig(backbone="data/demo/backbone", dropout=0.0),
-        modules=ModulesConfig(prefix_length=8, bottleneck=32),
-        hypernet=HypernetConfig(embedding_size=64, hidden_size=128, hyper_size=64),
+        modules=ModulesConfig(kinds=("adapter",), prefix_length=8, bottleneck=64),
+        hypernet=HypernetConfig(embedding_size=64, hidden_size=128, hyper_size=16, hyper_scale=0.25),
         vision=VisionConfig(
             encoder="efficientnet_lite0",
             weights="data/demo/vision/efficientnet_lite0.pth",
@@ -43,7 +43,7 @@ def demo() -> Config:
             steps=900,
             global_batch=32,
             micro_batch=4,
-            learning_rate=5e-4,
+            learning_rate=2e-3,
             warmup_steps=60,
             log_every=20,
             save_every=300,
