@@ -1,6 +1,7 @@
 # Everything a new machine needs: Python 3.11 or 3.12, make, g++ and pip access.
 #   make demo       fetch packages, build data and backbone, train on 2 CPU processes, print one table
 #   make test       the tests, at most 8 minutes on 2 cores
+#   make test-int8  the tests of the extra int8, which is installed for them and removed again
 #   make test-oldest  the tests with the oldest versions that pyproject.toml allows (a second environment, 6 GB)
 #   make test-all   the slow, browser and multi-node tests too, and the oldest versions (more than an hour)
 #   make check      formatting, lint and types
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 MARKS ?= (slow or browser or multinode) and not gpu
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-slow test-oldest test-all check docs clean
+.PHONY: venv demo test test-slow test-int8 test-oldest test-all check docs clean
 
 venv: .venv/installed
 
@@ -37,6 +38,11 @@ test: .venv/installed
 test-slow: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "$(MARKS)"
 
+test-int8: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[int8]'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not long" tests/test_int8.py tests/test_forecast.py tests/test_sharded.py; \
+		found=$$?; $(BIN)/python -m pip uninstall --quiet --yes torchao; exit $$found
+
 $(OLDEST)/installed: pyproject.toml .ci/oldest.py
 	$(or $(shell python3.11 -c '$(SUITABLE)' 2>/dev/null && echo python3.11),$(PYTHON)) -m venv $(OLDEST)
 	$(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/constraints.txt
@@ -48,6 +54,7 @@ test-oldest: $(OLDEST)/installed
 
 test-all: test
 	$(MAKE) test-slow
+	$(MAKE) test-int8
 	$(MAKE) test-oldest
 
 check: .venv/installed

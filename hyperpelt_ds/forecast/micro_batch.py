@@ -79,12 +79,23 @@ def look(config: Config, tasks: int, mix: Mix, autocast: torch.dtype | None, wei
             model = counts.model_of(config, shape, tasks)
         if config.model.activation_checkpointing:
             shape.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in shape.modules():
+            if hasattr(module, "layerdrop"):
+                module.layerdrop = cast(Any, _Never())
         model.train()
         return Look(
             tuple(trainables(model)),
             Sizes((), 0) if model.backbone.trainable else model.backbone.sizes,
             _run(model, _batch(config, mix, *rows), autocast, config.model.shard_backbone),
         )
+
+
+class _Never:
+    """A share of layers to drop, none: transformers 5.17 compares even 0 with a random number, and one that was drawn
+    without memory has no value."""
+
+    def __gt__(self, other: object) -> bool:
+        return False
 
 
 def _run(model: HyperPELT, batch: Batch, autocast: torch.dtype | None, split: bool) -> MicroBatch:
