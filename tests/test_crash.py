@@ -58,6 +58,7 @@ def test_a_rank_that_lost_its_peer_leaves_the_word_to_it(tmp_path):
     assert "error: rank 1" in words[1] and "KeyError: 'why'" in (tmp_path / CAUSE).read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_lost_its_peer_speaks_if_nobody_else_does_whatever_an_earlier_start_left(tmp_path):
     (tmp_path / CAUSE).write_text("rank 1: of yesterday\n")
     os.utime(tmp_path / CAUSE, (0, 0))

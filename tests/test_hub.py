@@ -112,6 +112,7 @@ def test_the_ranks_of_a_node_fetch_a_backbone_once_and_then_need_no_network(hub,
     assert len(fingerprint) == 65 and {out for out, _ in said} == {fingerprint}
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_whole_in_the_cache_is_one_clear_error_offline(backbone_folder, tmp_path):
     """The cache as huggingface_hub lays it out."""
     present = {

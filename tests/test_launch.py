@@ -167,6 +167,7 @@ def test_evaluate_names_an_unknown_task_and_split(call, finished_run, arguments,
     assert code == 2 and message in err
 
 
+@pytest.mark.slow
 def test_two_ranks_score_what_one_does(call, run_python, finished_run, tmp_path):
     one, two = tmp_path / "1.json", tmp_path / "2.json"
     tasks = "movie_rating,easy_vqa"

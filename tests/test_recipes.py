@@ -115,6 +115,7 @@ def runs(train_many: Callable[..., None], encoder_file: Path, tmp_path_factory: 
     return folder / "runs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_trains_and_its_checkpoint_answers(runs, name):
     lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
@@ -133,6 +134,7 @@ def test_a_recipe_trains_and_its_checkpoint_answers(runs, name):
     assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_estimated_is_what_a_checkpoint_holds(runs, name):
     found = counts.estimate(configs.load(runs / name / "config.json"))

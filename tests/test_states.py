@@ -132,7 +132,7 @@ def plain_torch(optimizer: str) -> dict[str, torch.Tensor]:
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("optimizer", "most"), [("adamw", 5e-6), ("sgd", 1e-6)])
+@pytest.mark.parametrize(("optimizer", "most"), [("adamw", 5e-6), pytest.param("sgd", 1e-6, marks=pytest.mark.slow)])
 def test_twenty_steps_of_every_stage_are_those_of_plain_torch(do, tmp_path, optimizer, most):
     """On two ranks, with one micro-batch a step and with four: how far apart a tensor's weights are, by its norm."""
     cases = {(stage, size): tmp_path / f"{stage} {size}" for stage in "0123" for size in (4, 1)}
