@@ -22,7 +22,7 @@ from hyperpelt_ds.backbones.sharded import Sizes
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.forecast import memory
 from hyperpelt_ds.forecast.micro_batch import MicroBatch, Mix, look
-from hyperpelt_ds.train import setup, traffic
+from hyperpelt_ds.train import traffic, zero
 from hyperpelt_ds.train.traffic import Parameter
 
 SECONDS = 900
@@ -97,7 +97,7 @@ def _record(job: Job, folder: Path, of_ranks: Sequence[dict[str, Any]]) -> dict[
     settings = folder / "read.json"
     settings.write_text(json.dumps(job.settings))
     given = config(job.micro_batches, len(of_ranks)).override([f"model.shard_backbone={json.dumps(job.split)}"])
-    chosen = setup.read(settings, given, len(of_ranks))
+    chosen = zero.read(settings, given, len(of_ranks))
     trainables = [Parameter(*pair) for pair in of_ranks[0]["trainables"]]
     seen = _seen(job, given, folder / "backbone") if job.split else MicroBatch(0, 0, 0, 0)
     parts = memory.per_rank(chosen, trainables, Sizes((0,), 0), seen)

@@ -22,9 +22,9 @@ from hyperpelt_ds.forecast import memory, step_time, tables
 from hyperpelt_ds.forecast.micro_batch import Look, MicroBatch, Mix, look
 from hyperpelt_ds.kernels.cases import AdapterCase
 from hyperpelt_ds.kernels.plan import plan
-from hyperpelt_ds.train import deepspeed_json, setup, traffic
-from hyperpelt_ds.train.setup import Setup
+from hyperpelt_ds.train import deepspeed_json, traffic, zero
 from hyperpelt_ds.train.traffic import Parameter
+from hyperpelt_ds.train.zero import Setup
 
 ZERO = ROOT / "ds_configs"
 TRAINABLES = (Parameter(900_000, "Linear"), Parameter(100_000, "Embedding"))
@@ -40,7 +40,7 @@ def small(config: Config) -> Config:
 
 def at(stage: int, world_size: int, **changes: object) -> Setup:
     config = recipes.get("glue_t5_base").override([f"train.global_batch={64 * world_size}", f"data.lanes={world_size}"])
-    return dataclasses.replace(setup.read(ZERO / f"zero{stage}.json", config, world_size), **changes)
+    return dataclasses.replace(zero.read(ZERO / f"zero{stage}.json", config, world_size), **changes)
 
 
 def test_a_setup_is_what_the_json_and_the_recipe_say():
@@ -54,8 +54,8 @@ def test_defaults_are_deepspeeds():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     theirs = DeepSpeedZeroConfig(stage=3).model_dump(by_alias=True)
-    assert {name: theirs[name] for name in setup.DEFAULTS} == setup.DEFAULTS
-    not_counted = setup._NOT_COUNTED.items()
+    assert {name: theirs[name] for name in zero.DEFAULTS} == zero.DEFAULTS
+    not_counted = zero._NOT_COUNTED.items()
     assert [name for name, value in not_counted if theirs[name] != value] == []
 
 
@@ -64,9 +64,9 @@ def test_what_is_not_counted_is_refused(tmp_path):
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}))
     config = recipes.get("glue_t5_base")
     with pytest.raises(ValueError, match="zero_quantized_weights is True, which is not counted"):
-        setup.read(file, config, 4)
+        zero.read(file, config, 4)
     with pytest.raises(ValueError, match="--world_size must be at least 1, got 0"):
-        setup.read(ZERO / "zero2.json", config, 0)
+        zero.read(ZERO / "zero2.json", config, 0)
 
 
 @pytest.mark.parametrize("stage, passes", [(0, 2), (1, 2 + 1), (2, 2 * 2 + 1), (3, 2 * (1 + 1))])
@@ -85,7 +85,7 @@ def test_a_run_foretells_the_same_bytes_from_its_own_model(small):
     for stage in range(4):
         settings = deepspeed_json.merge(ZERO / f"zero{stage}.json", small, 2)
         found = traffic.of_run(model, small, settings, 2, "gloo")
-        assert found == traffic.per_rank(setup.read(ZERO / f"zero{stage}.json", small, 2), seen.trainables, "gloo")
+        assert found == traffic.per_rank(zero.read(ZERO / f"zero{stage}.json", small, 2), seen.trainables, "gloo")
         assert found is not None and found.total > 4 * counts.estimate(small, 4).trainable
 
 

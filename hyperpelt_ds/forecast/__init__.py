@@ -6,6 +6,6 @@ memory.py       bytes that a rank holds, by what they are for
 step_time.py    seconds of a step on machines of given speeds
 tables.py       all of it as text
 
-What a DeepSpeed configuration decides and the bytes on the wire are train/setup.py and train/traffic.py, since a run
+What a DeepSpeed configuration decides and the bytes on the wire are train/zero.py and train/traffic.py, since a run
 says them as well.
 """

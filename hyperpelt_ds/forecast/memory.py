@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from hyperpelt_ds.backbones.sharded import Sizes
 from hyperpelt_ds.forecast.micro_batch import MicroBatch
-from hyperpelt_ds.train.setup import Setup
 from hyperpelt_ds.train.traffic import Parameter
+from hyperpelt_ds.train.zero import Setup
 
 FP32 = 4
 MOMENTS = 2

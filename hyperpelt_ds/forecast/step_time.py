@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 
 from hyperpelt_ds.forecast.micro_batch import MicroBatch
-from hyperpelt_ds.train.setup import Setup
 from hyperpelt_ds.train.traffic import Traffic
+from hyperpelt_ds.train.zero import Setup
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from hyperpelt_ds.counts import amount
 from hyperpelt_ds.forecast import memory, step_time
 from hyperpelt_ds.forecast.micro_batch import Look, Mix, look
 from hyperpelt_ds.forecast.step_time import Machine
-from hyperpelt_ds.train import setup, traffic
-from hyperpelt_ds.train.setup import Setup
+from hyperpelt_ds.train import traffic, zero
 from hyperpelt_ds.train.traffic import Traffic
+from hyperpelt_ds.train.zero import Setup
 
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("demo", ("train.micro_batch=16",)),
@@ -68,11 +68,11 @@ def mix_of(config: Config, tasks: int, batch_tasks: int = 0, batch_images: int =
 
 
 def forecast(config: Config, ds_config: str | Path, world_size: int, tasks: int, mix: Mix, backend: str) -> Forecast:
-    """What a run of `config` costs a rank. Raises ValueError as `setup.read` and `micro_batch.look` do, and for a
+    """What a run of `config` costs a rank. Raises ValueError as `zero.read` and `micro_batch.look` do, and for a
     backend that is not known."""
     if backend not in traffic.BACKENDS:
         raise ValueError(f"backend {backend!r}: allowed are {', '.join(traffic.BACKENDS)}")
-    chosen = setup.read(ds_config, config, world_size)
+    chosen = zero.read(ds_config, config, world_size)
     config = config.override([f"model.shard_backbone={str(chosen.splits_backbone).lower()}"])  # alone nothing is split
     return combine(chosen, mix, look(config, tasks, mix, chosen.autocast, chosen.weights), backend)
 
@@ -122,7 +122,7 @@ def scaling(cases: Mapping[str, tuple[str, Sequence[str]]], folder: Path, machin
         for stage in range(4):
             for world in WORLDS:
                 run = _one_micro_batch(config, world)
-                chosen = setup.read(folder / f"zero{stage}.json", run, world)
+                chosen = zero.read(folder / f"zero{stage}.json", run, world)
                 seen = seen or look(config, tasks, mix, chosen.autocast, chosen.weights)
                 found = combine(chosen, mix, seen, "nccl")
                 if world == WORLDS[0]:

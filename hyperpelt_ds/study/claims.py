@@ -1,7 +1,7 @@
 """What became of the claims of docs/study.md: each of the findings that would refute one, as the records have it.
 
-The rules are the plan's. Where it says "near" or "little", that is within its margin. This file must not know how a
-cell is run.
+The rules are the plan's; docs/study.md says how its words "near" and "little" are read, and since when. This file must
+not know how a cell is run.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ def _as_good(records: Records, boot: Bootstrap, _: Sequence[Line]) -> Iterator[F
         return
     share = point(own) / point(full)
     said = f"{share:.1%} of full fine-tuning's mean (at least {SHARE:.0%})"
-    # its other form would be judged instead only if validation prefers it
-    yield Finding(said, share < SHARE) if both or share < SHARE else Finding(f"{said}{ONE_FORM}", None)
+    yield Finding(said, share < SHARE) if both else Finding(f"{said}{ONE_FORM}", None)
 
 
 def _tells_tasks_apart(records: Records, boot: Bootstrap, _: Sequence[Line]) -> Iterator[Finding]:

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from hyperpelt_ds.config import Config
-from hyperpelt_ds.train import setup as setups
-from hyperpelt_ds.train.setup import Setup
+from hyperpelt_ds.train import zero
+from hyperpelt_ds.train.zero import Setup
 
 BACKENDS = ("gloo", "nccl")
 MESSAGE = 400
@@ -60,11 +60,11 @@ def trainables(model: nn.Module) -> Iterator[Parameter]:
 def of_run(model: nn.Module, config: Config, settings: dict[str, Any], world_size: int, backend: str) -> Traffic | None:
     """What a rank will send in a step of training `model`, which no engine has yet, with merged `settings`.
 
-    None where it is not known: what setup.not_counted names, frozen parameters that stage 3 hands around, and a split
+    None where it is not known: what zero.not_counted names, frozen parameters that stage 3 hands around, and a split
     backbone, of which a run does not know how much each of its passes gathers.
     """
-    setup = setups.of(settings, config, world_size)
-    if setups.not_counted(settings) or setup.splits_backbone:
+    setup = zero.of(settings, config, world_size)
+    if zero.not_counted(settings) or setup.splits_backbone:
         return None
     if setup.stage == 3 and not all(parameter.requires_grad for parameter in model.parameters()):
         return None
