@@ -13,6 +13,11 @@ from parts.command_line import at_least, run
 from hyperpelt_ds import tasks
 from hyperpelt_ds.tasks import table as own_task
 
+UNCHECKED = (
+    "build it again with some to validate on, a --validation file or --data in place of --train: training chooses the "
+    "best weights by them, and does not begin on data without any"
+)
+
 
 def table(
     *,
@@ -74,9 +79,10 @@ def table(
     """
     from parts.table_entries import Table, files_and_shares  # these take seconds to import; --help should not
 
+    from hyperpelt_ds.contracts import TRAIN, VALIDATION
     from hyperpelt_ds.data.shards import check_names
 
-    check_names(task, "train")
+    check_names(task, TRAIN)
     at_least(0, limit=limit)
     at_least(1, shard_size=shard_size)
     tasks.adopt({task: {}})  # raises for the name of a task of this package, before anything is read
@@ -97,7 +103,7 @@ def table(
         splits, _ = own.survey(task, record)
     tasks.adopt({task: own_task.fields(record)})
     about = {"command": "table", "files": files, "shares": shares, "columns": columns, "limit": limit}
-    following = _training(task, Path(out) / "manifest.json", bool(image))
+    following = _training(task, Path(out) / "manifest.json", bool(image)) if VALIDATION in splits else UNCHECKED
     build(out, {task: {split: own.entries(split) for split in splits}}, about, shard_size, limit, following)
 
 

@@ -42,10 +42,11 @@ def verify(*, manifest: str, all: bool = False, cache: str = "", cache_gb: float
             if all or counts.total() < SHOWN:
                 _say(f"shard {fault.shard}{f', key {fault.key!r}' if fault.key else ''}: {fault.reason}")
             counts[shard] += 1
-    samples, size = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards)
+    images = sum(shard.samples for shard in data.features.shards) if data.features else 0
+    samples, size = sum(shard.samples for shard in shards) - images, sum(shard.bytes for shard in shards)
     print(
-        f"\n{data.path}: {len(shards):,} shards, {samples:,} samples and images, {size / 1e6:,.1f} MB, read in "
-        f"{time.monotonic() - start:.0f} s"
+        f"\n{data.path}: {len(shards):,} shards, {samples:,} samples{f' and {images:,} images' if images else ''}, "
+        f"{size / 1e6:,.1f} MB, read in {time.monotonic() - start:.0f} s"
     )
     if not counts:
         print(

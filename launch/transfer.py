@@ -21,7 +21,7 @@ def transfer(
     shots: str = "16,64,256",
     seeds: int = 5,
     like: str | None = None,
-    train: str = "embeddings",
+    train: str = "all",
     split: str = "test",
     launcher: str = sys.executable,
 ) -> None:
@@ -43,7 +43,7 @@ def transfer(
         shots: numbers of training samples, separated by commas
         seeds: how many seeds; a seed chooses the samples and their order
         like: the task of the run to start from; if left out, the one that answers the samples best
-        train: "all" trainables, or only the new task's "embeddings"
+        train: "all" trainables, or only the new task's "embeddings", which leaves all others as they are
         split: which split is scored
         launcher: what runs a script, for example "deepspeed --num_accelerators 2"
     """

@@ -185,7 +185,8 @@ def typed(command: str, config: Config) -> str:
         command += " " + " ".join(map(shlex.quote, overrides(config)))
     if command.startswith("torchrun --nnodes 2"):
         first = command.replace("10.0.0.1", "127.0.0.1").replace("29500", str(free_port()))
-        return f"{first} &\n{first.replace('--node_rank 0', '--node_rank 1')} &\nwait -n\nwait -n"
+        second = first.replace("--node_rank 0", "--node_rank 1")
+        return f"{first} &\nfirst=$!\n{second} &\nsecond=$!\nwait $first\nwait $second"
     return command
 
 

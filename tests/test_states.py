@@ -187,7 +187,7 @@ def test_every_state_goes_from_two_ranks_to_one_to_four_and_to_other_stages_bitw
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_without_dropout_other_world_sizes_and_stages_go_on_as_the_first_would(do, tmp_path, optimizer):
     whole, two, one, four = (tmp_path / name for name in ("whole", "two", "one", "four"))
-    do(2, [job("2", optimizer, None, (3, two), (12, whole), dropout=0)])
+    do(2, [job("2", optimizer, None, (3, two), (20, whole), dropout=0)])
     do(1, [job("3", optimizer, two / STEP_3, (4, one), dropout=0)])
-    do(4, [job("0", optimizer, one / STEP_7, (8, four), dropout=0)])
+    do(4, [job("0", optimizer, one / STEP_7, (16, four), dropout=0)])
     assert losses(one) + losses(four) == pytest.approx(losses(whole), rel=1e-5)

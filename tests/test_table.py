@@ -76,6 +76,16 @@ def _samples(out: Path, split: str, task: str = "tickets") -> list[Sample]:
     return read_texts(Manifest.load(out / MANIFEST), task, split)
 
 
+def test_what_comes_next_fits_what_was_built(tmp_path, capsys):
+    """Training does not begin on data without samples to validate on, so no command is shown that would."""
+    alone = write(tmp_path / "alone.jsonl", rows())
+    table(**_request(tmp_path / "alone", train=str(alone)))
+    shown = capsys.readouterr().out
+    assert "next: build it again with some to validate on" in shown and "launch/train.py" not in shown
+    table(**_request(tmp_path / "held_out", data=str(alone)))
+    assert "launch/train.py --recipe glue_t5_base" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
 def test_every_kind_of_file_gives_the_same_data_set(tmp_path, suffix):
     data = write(tmp_path / f"t{suffix}", rows())
@@ -258,7 +268,7 @@ def test_the_commands_it_says_next_would_train_on_what_was_built(tmp_path, capsy
 
 def test_for_images_it_says_where_the_settings_of_vision_come_from(tmp_path, photos, capsys):
     data = write(tmp_path / "t.csv", _shots(["red/a.png"]))
-    table(**_request(tmp_path / "out", train=str(data), image="photo", image_root=str(photos)))
+    table(**_request(tmp_path / "out", train=str(data), validation=str(data), image="photo", image_root=str(photos)))
     said = capsys.readouterr().out
     assert "next: image features of images/tickets.jsonl: python data_prep/features.py" in said
     for words in _commands(said):

@@ -238,7 +238,7 @@ def test_the_command_lists_damage_and_says_so_in_its_exit_code(broken, run_pytho
     done = run_python("python", "data_prep/verify.py", manifest)
     assert done.returncode == 1, done.stderr
     assert "shard vqa/train-000002.tar, key 'train19': crc32 is " in done.stdout
-    assert f"{manifest}: 11 shards, 66 samples and images" in done.stdout and "2 faults in 1 files" in done.stdout
+    assert f"{manifest}: 11 shards, 54 samples and 12 images" in done.stdout and "2 faults in 1 files" in done.stdout
     assert "next: build these shards again" in done.stdout
 
 

@@ -42,10 +42,14 @@ def test_a_rank_holds_between_steps_what_is_foretold(records: Records, ranks: in
 
 @pytest.mark.parametrize("ranks", LARGER)
 def test_nothing_of_the_backbone_is_sent(records: Records, ranks: int):
-    """With ten times the backbone, which is then larger than all that is trained, a step sends as much as before."""
+    """With ten times the backbone, which is then larger than all that is trained, a step sends as much as before.
+
+    Not to the byte: headers and repeated packets are counted, more of them on a machine with other work. The backbone
+    alone would be more than twice all that is trained.
+    """
     large = LARGER[ranks]
     [before] = [job.name for job in JOBS[ranks] if job == large._replace(name=job.name, feed_forward=SMALL)]
     ours, others = records[ranks, large.name], records[ranks, before]
     assert ours["backbone"] > 10 * others["backbone"] and ours["backbone"] > 2 * ours["trainable"]
     assert ours["trainable"] == others["trainable"]
-    assert ours["sent"] == pytest.approx(others["sent"], rel=0.02)
+    assert ours["sent"] == pytest.approx(others["sent"], rel=0.1)

@@ -1,4 +1,5 @@
-"""On two ranks with disjoint tasks, text beside vision: the gradient is that of one process, at every ZeRO stage.
+"""On two ranks with disjoint tasks, text beside vision: the gradient is that of one process, at every ZeRO stage, and
+a frozen map keeps nothing for the backward pass.
 
 deepspeed tests/two_ranks_tasks.py CONFIG.json FOLDER
 """
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hyperpelt_ds import config as configuration
 from hyperpelt_ds import dist
@@ -41,6 +43,7 @@ def check(config: configuration.Config, folder: Path, stage: int) -> None:
     alone, together = (models.build(config, TASKS) for _ in range(2))
     names = [name for name, parameter in alone.named_parameters() if parameter.requires_grad]
     wrapped = engine.start(together, config, file)
+    assert not keeps_its_input(torch.ones(3, 2)), f"stage {stage}: DeepSpeed's linear function is called for all"
     for order in [("movie_sentiment", "easy_vqa"), ("shape_caption", "movie_rating")]:
         both = batches(config, alone, order)
         alone.zero_grad()
@@ -60,6 +63,15 @@ def check(config: configuration.Config, folder: Path, stage: int) -> None:
         assert any(float(whole[name].grad.norm()) > 1e-3 for name in names)
         wrapped.step()
         alone.load_state_dict({**alone.state_dict(), **weights_on_all(wrapped)})
+
+
+def keeps_its_input(weight: torch.Tensor) -> bool:
+    """Whether a linear map's input is still in memory when only its output is asked for."""
+    given = torch.ones(4, 2, requires_grad=True) * 1
+    storage = StorageWeakRef(given.untyped_storage())
+    output = torch.nn.functional.linear(given, weight)
+    del given
+    return output.requires_grad and not storage.expired()
 
 
 def weights_on_all(wrapped: engine.Engine) -> dict[str, torch.Tensor]:

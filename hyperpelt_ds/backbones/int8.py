@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -58,8 +59,7 @@ class _FrozenLinear(torch.autograd.Function):
         parts, ctx.rebuild = parts_of(weight)
         ctx.names = list(parts)
         ctx.save_for_backward(*parts.values())
-        # not F.linear: at stage 3 DeepSpeed (0.19.8) puts its own there, which transposes, and torchao's weights cannot
-        return cast(Tensor, weight.__torch_dispatch__(torch.ops.aten.linear.default, (), (x, weight, bias), {}))
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

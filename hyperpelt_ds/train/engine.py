@@ -224,6 +224,7 @@ def start(model: nn.Module, config: Config, ds_config_path: str | Path) -> Engin
     except ValidationError as error:  # what DeepSpeed's own sections say of an unknown or ill-typed key
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ValueError(f"{ds_config_path}: {faults}") from None
+    partitions.leave_frozen_maps_alone()
     return Engine(engine, {key: settings[key] for key in deepspeed_json.PRECISION if key in settings}, monitor)
 
 

@@ -37,6 +37,28 @@ class Snapshot:
     """JSON-able: updates of each parameter, schedule, steps, loss scale."""
 
 
+def leave_frozen_maps_alone() -> None:
+    """Keeps DeepSpeed's own linear function to the weights that it partitions; all others go through torch's again.
+
+    Stage 3 puts it in torch's place, for all that the process does afterwards. It keeps the input of every map for the
+    backward pass, of frozen ones too, whose weights get no gradient: in small T5 and Llama models that was 6 to 14 % of
+    all that a micro-batch keeps (0.19.8).
+    """
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses, is_zero_param
+
+    if F.linear is not zero3_linear_wrap:
+        return
+    torchs = InsertPostInitMethodToModuleSubClasses.linear_bk
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        chosen = zero3_linear_wrap if is_zero_param(weight) else torchs
+        result: Tensor = chosen(input, weight, bias)
+        return result
+
+    F.linear = linear
+
+
 def gather(engine: Any) -> Snapshot:
     """The whole state on rank 0, with the same counters and no tensors on the others; every rank calls it together."""
     state, pieces = engine.basic_optimizer.state, _pieces(engine)
