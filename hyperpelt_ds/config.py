@@ -140,7 +140,7 @@ class VisionConfig:
     encoder: str | None = None
     """efficientnet_lite0, a torchvision model name, or clip; see vision/."""
     weights: str | None = None
-    """A local file, folder or hub id with the encoder's weights."""
+    """A local file, folder or hub id with the encoder's weights; for an encoder of torchvision also `default`."""
     image_size: int = 224
     """Side of the square that an image is resized to, in pixels."""
     stage: str | None = None
@@ -212,8 +212,9 @@ class TrainConfig:
     global_batch: int = 64
     """Samples per optimizer step over all ranks."""
     micro_batch: int = 16
-    """Samples per forward pass on one rank; accumulation follows from the two batches and the world size. It is the
-    mean: a rank's samples are sorted by length, and up to twice as many short ones go together to save padding."""
+    """Samples per forward pass on one rank, or its share of the global batch if that is less; accumulation follows from
+    the two batches and the world size. It is the mean: a rank's samples are sorted by length, and up to twice as many
+    short ones go together to save padding."""
     micro_tokens: int = 0
     """About how many tokens a forward pass may have, padding included, as estimated from the bytes of the texts. A step
     then has as many micro-batches as that takes, the same number on every rank, whatever micro_batch says. 0: no limit,

@@ -50,7 +50,7 @@ def estimate(
     found = counts.estimate(config, tasks)
     printed, page = {"recipe": recipe, **dataclasses.asdict(found)}, [counts.table(found, frozen=ds_config is None)]
     if ds_config is not None:
-        mix = tables.mix_of(config, found.tasks, batch_tasks, batch_images)
+        mix = tables.mix_of(config, found.tasks, world_size, batch_tasks, batch_images)
         foretold = tables.forecast(config, ds_config, world_size, found.tasks, mix, backend)
         printed["forecast"] = foretold.as_dict()
         page.append(tables.text(foretold))

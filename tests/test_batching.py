@@ -66,6 +66,8 @@ def test_needed_is_the_fewest_parts_of_the_sorted_samples_that_keep_a_budget(cos
 
 def test_accumulation_follows_from_batch_micro_batch_and_world_size():
     assert [accumulation(48, 2, 48, world) for world in (1, 2, 3, 4, 6, 8)] == [24, 12, 8, 6, 4, 3]
+    # on many ranks a share of the global batch is less than a micro-batch may be
+    assert [accumulation(48, 8, 48, world) for world in (1, 6, 8, 48)] == [6, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

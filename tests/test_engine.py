@@ -43,6 +43,8 @@ def test_accumulation_follows_the_world_size(tmp_path):
         2,
         1,
     ]
+    merged = deepspeed_json.merge(path, RECIPE, 12)  # a rank's share is less than a micro-batch may be
+    assert (merged["gradient_accumulation_steps"], merged["train_micro_batch_size_per_gpu"]) == (1, 2)
 
 
 def test_the_same_fact_with_the_same_value_in_both_places_is_accepted(tmp_path):

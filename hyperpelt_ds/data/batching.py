@@ -28,13 +28,13 @@ def accumulation(global_batch: int, micro_batch: int, lanes: int, world_size: in
             f"these numbers of processes can: {worlds} (data.lanes may be any divisor of the global batch)"
         )
     share = global_batch // world_size
-    if share % micro_batch:
+    if share % min(share, micro_batch):
         fitting = [m for m in range(1, share + 1) if share % m == 0]
         raise ValueError(
             f"train.global_batch {global_batch} over {world_size} processes is {share} samples each, not a multiple of "
             f"train.micro_batch {micro_batch}; micro-batches that fit: {fitting}"
         )
-    return share // micro_batch
+    return share // min(share, micro_batch)
 
 
 def share(positions: int, lanes: int, rank: int, world_size: int) -> list[int]:

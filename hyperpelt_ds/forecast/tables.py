@@ -60,9 +60,9 @@ class Forecast:
         }
 
 
-def mix_of(config: Config, tasks: int, batch_tasks: int = 0, batch_images: int = -1) -> Mix:
+def mix_of(config: Config, tasks: int, world_size: int, batch_tasks: int = 0, batch_images: int = -1) -> Mix:
     """The mix of a micro-batch, by default the most expensive: as many tasks as there are, and an image a sample."""
-    size = config.train.micro_batch
+    size = min(config.train.micro_batch, config.train.global_batch // world_size)
     images = batch_images if batch_images >= 0 else size if config.vision.encoder is not None else 0
     return Mix(size, batch_tasks or min(tasks, size), images)
 
@@ -117,7 +117,7 @@ def scaling(cases: Mapping[str, tuple[str, Sequence[str]]], folder: Path, machin
     for name, (recipe, overrides) in cases.items():
         config = recipes.get(recipe).override(overrides)
         tasks = len(config.data.tasks) or 8
-        mix = mix_of(config, tasks)
+        mix = mix_of(config, tasks, 1)
         seen: Look | None = None
         for stage in range(4):
             for world in WORLDS:
@@ -133,7 +133,7 @@ def scaling(cases: Mapping[str, tuple[str, Sequence[str]]], folder: Path, machin
         [
             _markdown(["case, 8 ranks", "ZeRO", "total", *_SHOWN, "everything else"], memories),
             _markdown(
-                ["case", "ZeRO", "sent, MB", *(f"{world} GPUs" for world in WORLDS)],
+                ["case", "ZeRO", f"sent at {WORLDS[-1]}, MB", *(f"{world} GPUs" for world in WORLDS)],
                 list(_time_rows(times)),
             ),
         ]

@@ -64,9 +64,10 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
     train = config.train
     lanes = lane_count(train.global_batch, config.data.lanes)
     accumulation = batching.accumulation(train.global_batch, train.micro_batch, lanes, world_size)
+    micro_batch = train.global_batch // world_size // accumulation
     recipe = {
         "train_batch_size": (train.global_batch, "train.global_batch"),
-        "train_micro_batch_size_per_gpu": (train.micro_batch, "train.micro_batch"),
+        "train_micro_batch_size_per_gpu": (micro_batch, "train.micro_batch"),
         "gradient_accumulation_steps": (accumulation, f"train.global_batch / (train.micro_batch x {world_size})"),
         "gradient_clipping": (train.gradient_clipping, "train.gradient_clipping"),
     }

@@ -75,8 +75,13 @@ def _fit(ready: Ready) -> Fit:
         batch = longest(ready, samples).to(dist.device())
         engine.backward(engine.forward(batch, last=False).loss)
 
-    share = config.train.global_batch // dist.world_size()
-    return fitting.largest_micro_batch(attempt, share, config.train.micro_batch)
+    share = _share(config)
+    return fitting.largest_micro_batch(attempt, share, share // engine.accumulation)
+
+
+def _share(config: Config) -> int:
+    """This process's samples of a step."""
+    return config.train.global_batch // dist.world_size()
 
 
 def longest(ready: Ready, samples: int) -> Batch:
@@ -113,7 +118,7 @@ def _screen(ready: Ready, ds_config: str | Path, taken: Sequence[Taken], truncat
         f"model        {config.model.backbone} in {config.model.dtype}",
         f"             {counts['trainable']:,} trainable of {counts['total']:,} parameters, {share:.2%}",
         f"DeepSpeed    {ds_config}: ZeRO {engine.stage}, {engine.computes_in}, {dist.world_size()} x "
-        f"{dist.device().type}, {engine.accumulation} micro-batches of {train.micro_batch} a step on each",
+        f"{dist.device().type}, {engine.accumulation} micro-batches of {_share(config) // engine.accumulation} a step on each",
         f"{STEPS} steps      loss {losses}; {train.steps:,} like the last would take "
         f"{_span(taken[-1].seconds * train.steps)}",
         f"memory       {taken[-1].values['perf/memory_gib']:.2f} GiB at most in a process, in these steps",
@@ -138,9 +143,8 @@ def _advice(config: Config, fit: Fit) -> list[str]:
     tried = ", ".join(f"{size} took {peak / 2**30:.2f} GiB" for size, peak in fit.peaks.items())
     line = "" if fit.largest in fit.peaks else ", and a straight line through them"
     room = f"{fit.budget / 2**30:.2f} GiB, which leaves {fitting.MARGIN:.0%} of the memory alone"
-    share = config.train.global_batch // dist.world_size()
     return [
-        f"micro-batch  {fits} a process, whose {share} of train.global_batch it divides",
+        f"micro-batch  {fits} a process, whose {_share(config)} of train.global_batch it divides",
         f"             found by going forward and backward ({tried}){line};",
         f"             a process may have {room}",
     ]
@@ -154,7 +158,7 @@ def _next(config: Config, fit: Fit) -> str:
     train, change = config.train, []
     if train.micro_tokens:
         change = [f"train.micro_tokens={fit.largest * (config.data.max_source_length + config.data.max_target_length)}"]
-    elif fit.largest != train.micro_batch:
+    elif fit.largest != min(train.micro_batch, _share(config)):
         change = [f"train.micro_batch={fit.largest}"]
     command = f"next: {shlex.join([*_launcher(), *own, *change])}"
     note = "\n      (micro-batches are parts of a step: its gradient stays the same but for rounding and dropout)"

@@ -107,7 +107,7 @@ def of(settings: dict[str, Any], config: Config, world_size: int) -> Setup:
     return Setup(
         world_size=world_size,
         stage=stage,
-        micro_batch=config.train.micro_batch,
+        micro_batch=int(settings["train_micro_batch_size_per_gpu"]),
         accumulation=int(settings["gradient_accumulation_steps"]),
         weights=weights,
         autocast=_type(autocast.get("dtype", "bfloat16")) if autocasts else None,
