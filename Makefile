@@ -40,7 +40,7 @@ test-slow: .venv/installed
 
 test-int8: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[int8]'
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not long" -k "not (split_run or prediction)" tests/test_int8.py tests/test_forecast.py tests/test_sharded.py; \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not long" -k "test_int8 or integers or split_models" tests/test_int8.py tests/test_forecast.py tests/test_sharded.py; \
 		found=$$?; $(BIN)/python -m pip uninstall --quiet --yes torchao; exit $$found
 
 $(OLDEST)/installed: pyproject.toml .ci/oldest.py
