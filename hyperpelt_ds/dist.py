@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -95,16 +95,28 @@ def _gloo_beside(world: Any) -> Any:
     return torch_dist.new_group(backend="gloo")
 
 
+def _facts(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in a value, each fact of a dictionary of dictionaries by its dotted name."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _facts(part, f"{where}.{key}" if where else str(key))
+    else:
+        yield where, value
+
+
 def agree(name: str, value: Any) -> None:
     """Raises RuntimeError on every rank if the ranks do not hold the same JSON-able `value`."""
     digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
     digests = gather(digest)
     if len(set(digests)) > 1:
         different = [r for r, other in enumerate(digests) if other != digests[0]]
-        texts = gather(f"{value!r:.500}")
+        values = gather(dict(_facts(value)) if rank() in (0, different[0]) else None)
+        ours, theirs = values[0], values[different[0]]
+        apart = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        first, other = ("; ".join(f"{key} {of.get(key)!r}".strip() for key in apart)[:1000] for of in (ours, theirs))
         raise RuntimeError(
-            f"ranks {different} disagree with rank 0 about {name}: rank 0 has {texts[0]}, rank {different[0]} has "
-            f"{texts[different[0]]}; all must be started with the same"
+            f"ranks {different} disagree with rank 0 about {name}: rank 0 has {first}, rank {different[0]} has "
+            f"{other}; all must be started with the same"
         )
 
 

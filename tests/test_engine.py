@@ -75,6 +75,8 @@ def test_the_same_fact_with_different_values_is_an_error_that_names_both(tmp_pat
     ({"comet": {"enabled": True}}, "section 'comet' is enabled and needs the package comet_ml: pip install comet_ml"),
     ({"csv_monitors": {"enabled": True}}, "unknown key 'csv_monitors'; did you mean csv_monitor"),
     ({"fp16": {"enabled": True}}, "fp16 needs ZeRO stage 1, 2 or 3"),
+    ({"fp16": {"enabled": "auto"}}, 'fp16.enabled is "auto"'),
+    ({"zero_optimization": 2}, "zero_optimization must be an object, got 2"),
     ("{not json", "not valid JSON"),
     ("[1]", "expected an object"),
 ])  # fmt: skip
@@ -82,6 +84,11 @@ def test_a_wrong_deepspeed_file_is_one_clear_error(tmp_path, tree, message):
     with pytest.raises(ValueError, match=r"ds\.json") as error:
         deepspeed_json.merge(write(tmp_path, tree), RECIPE, 1)
     assert message in str(error.value)
+
+
+def test_null_is_as_good_as_nothing(tmp_path):
+    tree = {"bf16": None, "zero_optimization": {"stage": 2, "offload_optimizer": None}}
+    assert deepspeed_json.merge(write(tmp_path, tree), RECIPE, 1)["zero_optimization"] == {"stage": 2}
 
 
 def test_processes_that_srun_started_without_a_rank_do_not_each_train_alone(monkeypatch):

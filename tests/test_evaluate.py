@@ -233,6 +233,16 @@ def test_an_empty_or_unknown_split_is_refused_by_name(settings, run_dir, tmp_pat
         split_samples(Manifest.load(tmp_path / "data" / MANIFEST), "glue_rte", "validation")
 
 
+def test_what_cannot_be_scored_is_known_before_anything_is_answered(config, tmp_path, monkeypatch):
+    own = [Sample("k0", "glue_rte", "good film", "0"), Sample("k1", "glue_rte", "bad film", "")]
+    manifest = save_samples(tmp_path / "data", {"glue_rte": {"train": own[:1], "validation": own[:1], "official": own}})
+    settings = config.override([f"data.manifest={manifest}", "data.tasks=glue_rte", "vision.encoder=null"])
+    run = untrained_run(tmp_path / "run", settings)
+    monkeypatch.setattr(evaluate, "answers", None)
+    with pytest.raises(ValueError, match=r"sample 'k1': split 'official' has no answers to compare with; .*predict"):
+        evaluate.evaluate(run, split="official")
+
+
 def test_a_stored_target_outside_the_labels_stops_the_scoring_by_name(config, tmp_path):
     own = [Sample("k0", "glue_rte", "good film", "0"), Sample("k1", "glue_rte", "bad film", "entailment")]
     manifest = save_samples(tmp_path / "data", {"glue_rte": {"train": own, "validation": own, "test": own}})

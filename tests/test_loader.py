@@ -440,6 +440,18 @@ def test_a_task_whose_images_have_no_features_is_refused(tmp_path, config):
         check_samples(manifest, ["easy_vqa"], collator, 0, 1)
 
 
+def test_of_many_ranks_one_may_see_only_images_without_features_or_damaged_samples(tmp_path, config):
+    """Features may lack pictures that could not be read: with few samples a rank then looks at nothing else."""
+    collator = collator_for(config, ["easy_vqa"], AutoTokenizer.from_pretrained(config.model.backbone))
+    samples = [Sample(f"k{i}", "easy_vqa", "what shape", "circle", "i", f"image{i}") for i in range(5)]
+    written = {"train": shards.write_task(tmp_path, "easy_vqa", "train", samples)}
+    features = shards.write_features(tmp_path, [(f"image{i}", np.zeros((4, 6))) for i in range(4)])
+    path = write_manifest(tmp_path, {"easy_vqa": written}, FeatureSet(4, 6, {}, features), {})
+    damage(tmp_path, "easy_vqa/train-000000.tar", "flipped data byte", 2)
+    for rank in range(8):
+        check_samples(Manifest.load(path), ["easy_vqa"], collator, rank, 8)
+
+
 def test_a_run_goes_on_when_its_data_set_gains_a_task(manifest, tmp_path):
     source = stream(manifest)
     steps(source, 2)

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from hyperpelt_ds.contracts import Batch, Sample
+from hyperpelt_ds.report.files import read_lines
 from hyperpelt_ds.train.metrics import OBSERVATIONS, SAMPLES, Window, Writer
 
 
@@ -121,6 +122,20 @@ def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 20.0)]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_a_line_ends_where_we_ended_it_whatever_its_answers_hold_and_wherever_it_was_cut(tmp_path):
+    """Answers from the web hold what Python takes for ends of lines too; a kill may cut a character in two."""
+    writer = Writer(tmp_path, 0)
+    said = [{"step": step, "prediction": "one\u2028two\x85three é"} for step in (1, 2, 3)]
+    writer.append(SAMPLES, said)
+    writer.close()
+    file = tmp_path / SAMPLES
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[: whole.index("é".encode()) + 1])
+    assert read_lines(file) == said
+    Writer(tmp_path, 2).close()
+    assert read_lines(file) == said[:2]
 
 
 def test_what_is_shown_comes_back_from_the_event_file(tmp_path):

@@ -41,6 +41,21 @@ def test_pictures_are_kept_small_beside_the_run_and_those_that_are_missing_are_n
     assert samples.drawings({"t": ANSWERS[:1]}, {}, run) == {}
 
 
+def test_a_picture_that_cannot_be_read_is_left_out_and_stops_nothing(tmp_path, caplog):
+    """They are for people only: neither a bad file of the data set nor one that a killed run left cut."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "bad.png").write_bytes(b"no picture")
+    Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "good.png")
+    chosen = {"t": [(Sample(key, "t", "q", "", image=key), "p") for key in ("bad", "good", "cut")]}
+    run = tmp_path / "run"
+    (run / "pictures").mkdir(parents=True)
+    (run / "pictures" / "cut.png").write_bytes((tmp_path / "pictures" / "good.png").read_bytes()[:40])
+    kept = samples.keep_pictures(chosen, tmp_path / "pictures", run)
+    assert kept == {"good": "pictures/good.png", "cut": "pictures/cut.png"}
+    assert list(samples.drawings(chosen, kept, run)) == ["t"]
+    assert "bad.png cannot be read" in caplog.text and "cut.png cannot be read" in caplog.text
+
+
 def test_markdown_in_an_answer_is_shown_and_not_obeyed():
     text = samples.texts({"t": [(Sample("k", "t", "*a*\n# b", "c", references=("c", "d", "c")), "")]})["t"]
     assert text == "- \\*a\\* \\# b\n    - answered: **nothing**\n    - expected: **c / d**\n"

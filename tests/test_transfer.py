@@ -241,6 +241,14 @@ def test_a_resumed_transfer_needs_its_base_no_more(runs, call, run_python, tmp_p
     assert code == 2 and f"--new_task easy_vqa: {own} was started with {NEW}" in error
 
 
+def test_a_transfer_whose_trained_tasks_were_chosen_is_resumed_by_the_same_command(runs, tmp_path):
+    started = transfer.from_run(runs["base"], [NEW], None, "all").override([f"data.train_tasks={NEW},easy_vqa"])
+    (tmp_path / "run").mkdir()
+    configuration.save(started, tmp_path / "run" / "config.json")
+    assert transfer.requested(runs["base"], [NEW], None, "all", tmp_path / "run", True) == started
+    assert transfer.requested(runs["base"], [], None, "all", tmp_path / "run", True) == started
+
+
 def test_cells_of_another_request_are_not_taken_for_this_ones(call, tmp_path):
     (tmp_path / "request.json").write_text(json.dumps({"train": "all"}))
     given = ("--run_dir", "r", "--new_task", NEW, "--out", tmp_path, "--ds_config", "d")

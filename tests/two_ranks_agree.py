@@ -49,6 +49,9 @@ def check_start(folder: Path) -> None:
     text = raised(ValueError, lambda: agreement.check_shared(folder / str(dist.rank()), patience=0.5))
     assert "of rank 1 on" in text and "must see the same one" in text
     assert "disagree" in raised(RuntimeError, lambda: dist.agree("the time of day", dist.rank()))
+    tree = {"model": {"backbone": "b" * 900}, "train": {"steps": 9, "learning_rate": 1 / (1 + dist.rank())}}
+    text = raised(RuntimeError, lambda: dist.agree("the configuration", tree))
+    assert "rank 0 has train.learning_rate 1.0, rank 1 has train.learning_rate 0.5;" in text, text
 
 
 class Pair(nn.Module):

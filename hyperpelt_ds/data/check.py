@@ -31,9 +31,15 @@ def check_samples(manifest: Manifest, tasks: Sequence[str], collator: Collator, 
     counted in a warning: they will be left out.
     """
     reader = Reader(manifest)
+
+    def sees(samples: Sequence[Sample]) -> bool:
+        images = {sample.image for sample in samples if sample.image is not None}
+        return manifest.features is not None and any(map(reader.has_image, images))
+
     for task in tasks:
         for split in (TRAIN, VALIDATION):
-            own = _some(manifest, reader, task, split)[rank::world_size]
+            looked_at = _some(manifest, reader, task, split)
+            own = looked_at[rank::world_size]
             samples, damaged = _read(reader, task, split, own)
             if damaged:
                 log.warning(
@@ -41,14 +47,15 @@ def check_samples(manifest: Manifest, tasks: Sequence[str], collator: Collator, 
                     "`python data_prep/verify.py %s` lists all",
                     *(len(damaged), len(own), task, split, damaged[0], manifest.path),
                 )
-            if damaged and not samples:
+            # Of many ranks each sees few: what all of a rank's own lack is an error only if the others' lack it too.
+            if damaged and not samples and not _read(reader, task, split, looked_at)[0]:
                 raise ValueError(f"task {task!r}: none of the samples looked at in {split} can be used: {damaged[0]}")
             for start in range(0, len(samples), 1024):
                 collator.targets(samples[start : start + 1024])
             for sample in samples:
                 check_target(get(task), sample.key, sample.target)
             images = [sample.image for sample in samples if sample.image is not None] if collator.grid else []
-            if images and not (manifest.features and any(map(reader.has_image, images))):
+            if images and not sees(samples) and not sees(_read(reader, task, split, looked_at)[0]):
                 raise ValueError(
                     f"task {task!r}: {manifest.path} holds features of none of its images that were looked at, for "
                     f"example {images[0]!r}; data_prep/features.py makes them"

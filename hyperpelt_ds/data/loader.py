@@ -81,6 +81,7 @@ class TrainStream:
         sizes |= {task: [len(chosen)] for task, chosen in self._chosen.items() if len(chosen) < counts[task]}
         probabilities = mixture({task: sum(of) for task, of in sizes.items()}, data.temperature, data.task_weights)
         self.order = Order(sizes, train.seed, probabilities, lanes)
+        self._data = manifest.digests(sorted(counts))
         if state is not None:
             _check_state(state, self._state(self.order.start()))
         self.truncated = 0
@@ -132,8 +133,7 @@ class TrainStream:
         train = self.config.train
         copied = {task: list(lanes) for task, lanes in drawn.items()}
         samples = sum(map(sum, copied.values()))
-        data = self.manifest.digests(drawn)
-        return StreamState(train.seed, data, self.order.lanes, train.global_batch, samples, copied)
+        return StreamState(train.seed, dict(self._data), self.order.lanes, train.global_batch, samples, copied)
 
     def _plan(self) -> Iterator[tuple[list[Place], int]]:
         """This rank's places of step after step, and how many micro-batches they make; runs ahead of the reading."""

@@ -118,12 +118,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     found = []
-    for number, line in enumerate(file.read_text().splitlines(keepends=True), 1):
-        if line.endswith("\n"):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number} cannot be read: {error}") from None
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} cannot be read: {error}") from None
     return found
 
 

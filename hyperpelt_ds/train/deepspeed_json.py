@@ -39,6 +39,7 @@ _SECTIONS = [
     "zero_force_ds_cpu_optimizer",
 ]
 
+_OBJECTS = ["zero_optimization", "bf16", "fp16", "torch_autocast", "data_types"]
 MONITORS = ["csv_monitor", "wandb", "comet", "tensorboard"]
 _PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 """Of the sections that need one besides DeepSpeed's own."""
@@ -84,6 +85,8 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
                 f'{key}: {path} says {given!r}, the recipe says {value!r} ({owner}); write "auto" in the JSON'
             )
         tree[key] = value
+    for name in _autos(tree):
+        raise ValueError(f'{path}: {name} is "auto", but the recipe has no value for it; give one')
     for fault in _faults(tree, config):
         raise ValueError(f"{path}: {fault}")
     return {**_DEFAULTS, **tree}
@@ -124,8 +127,6 @@ def _faults(tree: dict[str, Any], config: Config) -> Iterator[str]:
     for section, package in _PACKAGES.items():
         if tree.get(section, {}).get("enabled") and find_spec(package) is None:
             yield f"section {section!r} is enabled and needs the package {package}: pip install {package}"
-    for name in _autos(tree):
-        yield f'{name} is "auto", but the recipe has no value for it; give one'
 
 
 def computes_in_float16(settings: dict[str, Any]) -> bool:
@@ -144,7 +145,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"DeepSpeed configuration {path}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"DeepSpeed configuration {path}: expected an object, got {type(tree).__name__}")
-    return tree
+    for name in (*_OBJECTS, *MONITORS):
+        if not isinstance(tree.get(name, {}), dict | None):
+            raise ValueError(f"DeepSpeed configuration {path}: {name} must be an object, got {tree[name]!r}")
+    return _without_null(tree)
+
+
+def _without_null(tree: dict[str, Any]) -> dict[str, Any]:
+    """What is said, for null is as good as nothing."""
+    parts = {key: _without_null(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    return {key: value for key, value in parts.items() if value is not None}
 
 
 def _autos(tree: dict[str, Any], where: str = "") -> Iterator[str]:

@@ -51,6 +51,7 @@ def start_distributed() -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # seen in 0.19.8: it prints on every rank that its op was built
         _deepspeed().init_distributed(timeout=timedelta(minutes=30), auto_mpi_discovery=False, verbose=False)
     dist.barrier()
+    dist.host_sum([0])  # hosts talk over gloo, whatever devices use: known to work before a model is loaded
     _shared_buffer().unlink(missing_ok=True)
 
 

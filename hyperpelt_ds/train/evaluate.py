@@ -23,6 +23,7 @@ from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.model import HyperPELT, identity_of, load
 from hyperpelt_ds.tasks import Task, baselines, glue, metrics
+from hyperpelt_ds.tasks.task import check_target
 from hyperpelt_ds.terminal import progress
 from hyperpelt_ds.train import engine
 from hyperpelt_ds.train.answering import answers, asker, generate, known_tasks, load_manifest, split_samples
@@ -139,8 +140,11 @@ def evaluate(
         )
     ask, size, pace = asker(run, Reader(manifest)), config.eval.batch_size, run.model.backbone.own_pace
     rows: dict[str, Any] = {}
-    for name in names:
-        samples, damaged = split_samples(manifest, name, split)
+    held = {name: split_samples(manifest, name, split) for name in names}
+    for name, (samples, _) in held.items():  # before hours of answers
+        for sample in samples:
+            _check_scorable(tasks.get(name), sample, split)
+    for name, (samples, damaged) in held.items():
         before = run.collator.truncated
         texts = answers(samples, ask, size, pace())
         truncated = sum(dist.gather(run.collator.truncated - before))
@@ -169,6 +173,15 @@ def evaluate(
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{table(results)}\nwrote {file}", flush=True)
     return results
+
+
+def _check_scorable(task: Task, sample: Sample, split: str) -> None:
+    if not (sample.target or sample.references):
+        raise ValueError(
+            f"task {task.name!r}, sample {sample.key!r}: split {split!r} has no answers to compare with; "
+            f"launch/predict.py --manifest ... --split {split} writes what the run answers"
+        )
+    check_target(task, sample.key, sample.target)
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -193,8 +193,8 @@ def resolve(config: Config, manifest: Manifest) -> Config:
 
 
 def _absolute(place: str) -> str:
-    """A local path in full; a hub id as it is."""
-    return str(Path(place).resolve()) if Path(place).exists() else place
+    """A local path in full, by the names that it was given, which are those of every node; a hub id as it is."""
+    return os.path.abspath(place) if Path(place).exists() else place
 
 
 def _encoder(manifest: Manifest, folder: Path, config: Config) -> dict[str, object] | None:

@@ -221,11 +221,11 @@ def drop_after(lines: Path, step: int) -> None:
     if not lines.is_file():
         return
     kept = []
-    for line in lines.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+    for line in lines.read_bytes().split(b"\n")[:-1]:  # bytes: answers hold other ends of lines and cut characters
+        if json.loads(line)["step"] > step:
             break
-        kept.append(line)
-    lines.write_text("".join(kept))
+        kept.append(line + b"\n")
+    lines.write_bytes(b"".join(kept))
 
 
 def _memory() -> float:

@@ -118,7 +118,8 @@ def _screen(ready: Ready, ds_config: str | Path, taken: Sequence[Taken], truncat
         f"model        {config.model.backbone} in {config.model.dtype}",
         f"             {counts['trainable']:,} trainable of {counts['total']:,} parameters, {share:.2%}",
         f"DeepSpeed    {ds_config}: ZeRO {engine.stage}, {engine.computes_in}, {dist.world_size()} x "
-        f"{dist.device().type}, {engine.accumulation} micro-batches of {_share(config) // engine.accumulation} a step on each",
+        f"{dist.device().type}, {engine.accumulation} micro-batches of {_share(config) // engine.accumulation} a step "
+        "on each",
         f"{STEPS} steps      loss {losses}; {train.steps:,} like the last would take "
         f"{_span(taken[-1].seconds * train.steps)}",
         f"memory       {taken[-1].values['perf/memory_gib']:.2f} GiB at most in a process, in these steps",

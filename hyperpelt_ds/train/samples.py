@@ -6,6 +6,8 @@ It must not know how answers were made or how they are scored, nor where what it
 from __future__ import annotations
 
 import html
+import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,8 @@ SIDE = 256
 """Pixels that the longer side of a kept picture has at most."""
 
 Answer = tuple[Sample, str]
+
+log = logging.getLogger(__name__)
 
 
 def choose(answers: Sequence[Answer], turn: int, each: int = EACH) -> dict[str, list[Answer]]:
@@ -47,14 +51,31 @@ def keep_pictures(chosen: Mapping[str, Sequence[Answer]], source: Path, run_dir:
         found = next((file for end in (".png", ".jpg", ".jpeg") if (file := source / f"{image}{end}").is_file()), None)
         target = f"{PICTURES}/{quote(image, safe='')}.png"
         if found is not None and not (run_dir / target).is_file():
-            (run_dir / PICTURES).mkdir(parents=True, exist_ok=True)
-            with Image.open(found) as picture:
-                small = picture.convert("RGB")
-            small.thumbnail((SIDE, SIDE))
-            small.save(run_dir / target)
+            _shrink(found, run_dir / target)
         if (run_dir / target).is_file():
             kept[image] = target
     return kept
+
+
+def _shrink(source: Path, target: Path) -> None:
+    """Writes a picture small, if it can be read."""
+    small = _opened(source)
+    if small is not None:
+        small.thumbnail((SIDE, SIDE))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        small.save(partial, "png")
+        os.replace(partial, target)
+
+
+def _opened(file: Path) -> Image.Image | None:
+    """A picture; None, with a warning, for one that cannot be read: training does not need it."""
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        log.warning("not shown with the answers: picture %s cannot be read: %s", file, error)
+        return None
 
 
 def lines(step: int, chosen: Mapping[str, Sequence[Answer]], pictures: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -98,8 +119,8 @@ def drawings(
         for sample, text in own:
             if sample.image is not None and sample.image in pictures:
                 said = [sample.source, f"answered: {text}", f"expected: {_expected(sample)}"]
-                with Image.open(run_dir / pictures[sample.image]) as picture:
-                    entries.append((picture.convert("RGB"), said))
+                picture = _opened(run_dir / pictures[sample.image])
+                entries += [(picture, said)] if picture else []
         if entries:
             found[task] = figures.answers(entries)
     return found

@@ -270,6 +270,7 @@ class _Steps:
     def _validate(self) -> None:
         """Scores the validation split; keeps the weights if the mean over tasks is the best so far."""
         run, step, best = self.run, self.progress.step, self.progress.best_score
+        run.watchdog.enter(EVALUATION)
         run.model.eval()
         limit = run.config.eval.samples_per_task
         scores, answers = evaluate.validate(

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hyperpelt_ds.train import outcome
@@ -51,7 +52,7 @@ def take_over(run_dir: Path, say: Callable[[str], None]) -> None:
     for number, seconds in ((signal.SIGTERM, _TAKE_OVER_SECONDS), (signal.SIGKILL, 5.0)):
         for process in left():
             say(f"{number.name} to process {process}, which an earlier start of {run_dir} left on this machine")
-            os.kill(process, number)
+            _signal(process, number)
         _wait_until(lambda: not left(), seconds)
 
 
@@ -63,6 +64,12 @@ def running_here(run_dir: Path) -> list[int]:
         if process["host"] == socket.gethostname() and began(process["pid"]) == process["start"]:
             found.append(process["pid"])
     return found
+
+
+def _signal(process: int, number: signal.Signals) -> None:
+    """To a process that may have ended since it was seen."""
+    with suppress(ProcessLookupError):
+        os.kill(process, number)
 
 
 class Supervisor:
@@ -126,7 +133,7 @@ class Supervisor:
         ranks = running_here(self.run_dir)
         if ranks:
             self.say(f"asking the run to stop (process {ranks[0]})")
-            os.kill(ranks[0], signal.SIGTERM)
+            _signal(ranks[0], signal.SIGTERM)
         else:
             os.killpg(child.pid, signal.SIGTERM)
 
@@ -136,11 +143,11 @@ class Supervisor:
         if _ended(child):
             for process in running_here(self.run_dir):
                 self.say(f"asking process {process} to stop, which its launcher left")
-                os.kill(process, signal.SIGTERM)
+                _signal(process, signal.SIGTERM)
             _wait_until(lambda: not running_here(self.run_dir), self.grace)
         for process in running_here(self.run_dir):
             self.say(f"ending process {process}, which is left")
-            os.kill(process, signal.SIGKILL)
+            _signal(process, signal.SIGKILL)
         os.killpg(child.pid, signal.SIGKILL)
 
     def _saved(self) -> int:

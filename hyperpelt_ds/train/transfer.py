@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ def requested(
     if not (resume and own.is_file()):
         return from_run(run, new_tasks, like, train)
     config = configuration.load(own)
-    if config.data.train_tasks != tuple(new_tasks):
-        started_with = ", ".join(config.data.train_tasks)
-        raise ValueError(f"--new_task {','.join(new_tasks)}: {run_dir} was started with {started_with}")
+    added = config.data.tasks[-len(new_tasks) :] if new_tasks else ()
+    if added != tuple(new_tasks):  # what of its tasks is trained may have been changed by data.train_tasks
+        raise ValueError(f"--new_task {','.join(new_tasks)}: {run_dir} was started with {', '.join(added)}")
     return config
 
 
@@ -58,7 +59,7 @@ def from_run(run: str | Path, new_tasks: Sequence[str], like: str | None, train:
     """
     if not new_tasks and (like or train == "embeddings"):
         raise ValueError("--like and --train embeddings need --new_task")
-    folder = Path(run).resolve()
+    folder = Path(os.path.abspath(run))  # by its name, which is that of every node
     if not (folder / "config.json").is_file():
         raise ValueError(f"--init_from {run}: no run, it has no config.json; give the run_dir of a training")
     base = configuration.load(folder / "config.json")
