@@ -233,7 +233,7 @@ class _Bench:
 
         def more(_: str, line: Line) -> Line:
             found = {"mfu": flops / line["median"] / self.peak}
-            return line | found | ({"gpu_mfu": flops / line["gpu_s"] / self.peak} if "gpu_s" in line else {})
+            return line | found | ({"gpu_mfu": flops / line["gpu_s"] / self.peak} if line.get("gpu_s") else {})
 
         self.compare(f"step {name}", {n: a for n, a in actions.items() if n not in without}, "ours", more)
 

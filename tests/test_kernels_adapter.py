@@ -207,6 +207,11 @@ def test_bad_arguments_are_refused_by_name():
         (part._replace(scale=part.scale.detach().view(1)), KernelShapeError, r"adapters\[0\]\.scale"),
         (part._replace(up_bias=part.up_bias.float()), KernelDtypeError, r"adapters\[0\]\.up_bias.*float64"),
         (part._replace(users=index_batch([0, 1, 1])), KernelShapeError, r"adapters\[0\]\.users: expected 2 samples"),
+        (
+            part._replace(users=part.users._replace(ids=part.users.ids.to("meta"))),
+            KernelDtypeError,
+            r"adapters\[0\]\.users\.ids: expected on cpu as x is, got on meta",
+        ),
         (part._replace(users=index_batch([0, 0])), KernelShapeError, r"adapters\[0\]\.users.*2 groups"),
         (part._replace(gain=torch.ones(2, 3)), KernelShapeError, r"adapters\[0\]\.gain"),
     ):

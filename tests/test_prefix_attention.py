@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from prefix_cases import Call, calls
 from torch import Tensor
@@ -16,12 +17,15 @@ from hyperpelt_ds.kernels.prefix_attention import (
     SitePrefix,
     SiteRows,
     Spread,
+    attention,
     concatenated,
     explicit,
     merged,
     prefix_attention,
+    prefix_share,
     reference,
     score_bias,
+    share,
     spread,
     spread_of,
 )
@@ -290,3 +294,25 @@ def test_types_and_devices_that_do_not_fit_are_named(change, message):
     rest = {name: part for name, part in change.items() if name not in own}
     with pytest.raises(KernelDtypeError, match=message):
         prefix_attention(*call._replace(prefixes=[call.prefixes[0]._replace(**own)], **rest))
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("heads_of_bias", [1, 6])
+def test_heads_that_share_a_key_are_attended_to_as_torch_does(queries, heads_of_bias):
+    """What is added would send torch, before 2.14, to a kernel that holds all scores; so keys or queries are moved."""
+    torch.manual_seed(0)
+    query, bias = torch.randn(2, 6, queries, 4), torch.randn(2, heads_of_bias, queries, 5)
+    key, value = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
+    for added in (bias, bias[:1], None):
+        expected = F.scaled_dot_product_attention(query, key, value, added, scale=0.7, enable_gqa=True)
+        assert torch.allclose(attention(query, key, value, added, 0.0, 0.7), expected, atol=1e-6)
+
+
+def test_the_share_of_prefixes_is_the_same_some_queries_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    query, key, rows = torch.randn(3, 4, 7, 2), torch.randn(3, 2, 5, 2), torch.tensor([1, -1, 0])
+    prefixes, bias = [SitePrefix(torch.randn(2, 3, 4), torch.randn(2, 3, 4), rows)], torch.randn(3, 1, 7, 5)
+    at_once = prefix_share(query, key, prefixes, bias, 0.5)
+    monkeypatch.setattr(share, "_SCORES", 3 * 4 * 5 * 2)  # two queries at a time
+    assert torch.allclose(prefix_share(query, key, prefixes, bias, 0.5), at_once, atol=1e-6)
+    assert torch.allclose(prefix_share(query, key, prefixes, None, 0.5)[1], torch.zeros(7))

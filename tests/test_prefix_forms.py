@@ -11,12 +11,13 @@ from tiny import KINDS, tiny_batch, tiny_hypernet, tiny_model, tiny_modules
 from torch import Tensor
 
 from hyperpelt_ds.backbones import Backbone
+from hyperpelt_ds.backbones import slot as slots
 from hyperpelt_ds.backbones.prefix_form import by_site
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import Batch, Branch, Prefix, PrefixRows
 from hyperpelt_ds.hypernet import HyperNetwork
-from hyperpelt_ds.kernels.prefix_attention import SitePrefix, SiteRows, prefix_attention
+from hyperpelt_ds.kernels.prefix_attention import MERGED, SitePrefix, SiteRows, Spread, prefix_attention
 from hyperpelt_ds.model import HyperPELT
 
 FORMS = ("materialised", "absorbed", "auto")
@@ -95,7 +96,7 @@ def test_rows_with_their_map_materialise_to_what_the_head_makes():
             assert torch.equal(made.rows, rows.rows)
 
 
-def test_auto_absorbs_where_a_batch_has_fewer_queries_than_its_conditions_have_rows():
+def test_auto_absorbs_where_a_batch_has_fewer_queries_than_its_conditions_have_rows(monkeypatch):
     rows = PrefixRows(torch.randn(3, 4, 5, 6), torch.randn(1, 16, 6), torch.randn(1, 16))  # 4 conditions of 5 rows
     samples = torch.arange(4)
 
@@ -108,9 +109,14 @@ def test_auto_absorbs_where_a_batch_has_fewer_queries_than_its_conditions_have_r
     assert kinds([3, 4, 1], "absorbed") == [SiteRows] * 3
     mixed, made = by_site(rows, samples, [3, 4, 1], "auto"), rows.materialised()
     assert torch.allclose(mixed[1].keys, made.keys[1]) and torch.allclose(mixed[1].values, made.values[1])
+    monkeypatch.delitem(MERGED, "cpu")  # as on a device where parts are not merged
+    assert kinds([3, 4, 1]) == [SitePrefix] * 3 and kinds([3, 4, 1], "absorbed") == [SiteRows] * 3
 
 
-def test_in_generation_keys_that_come_again_are_joined_with_their_prefix_once():
+@pytest.mark.parametrize("on_device", [False, True])
+def test_in_generation_keys_that_come_again_are_joined_with_their_prefix_once(monkeypatch, on_device):
+    if on_device:  # where the rows are not looked at when weights are set
+        monkeypatch.setattr(slots, "spread_of", lambda rows, conditions: Spread(rows.clamp(min=0), rows < 0))
     prefix = Prefix(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
     rows = PrefixRows(torch.randn(1, 2, 4, 5), torch.randn(1, 16, 5), torch.randn(1, 16))
     some = torch.tensor([1, -1])
@@ -130,6 +136,8 @@ def test_in_generation_keys_that_come_again_are_joined_with_their_prefix_once():
         assert torch.allclose(prefix_attention(key, longer, values, rest, None, bias, 0.5), expected, atol=1e-6)
         assert slot.joined(0, key, value, prefixes)[0] is longer
         assert slot.joined(0, key.clone(), value, prefixes)[2] == 0  # beams that changed places
+        slot.joined(0, key, value, rest)
+        assert slot.joined(0, key, value, rest)[0] is key, "nothing to join is nothing to copy"
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -26,6 +26,8 @@ from hyperpelt_ds.backbones.sharded import Group, Shards, Sizes, groups_of
 from hyperpelt_ds.backbones.slot import Slot
 from hyperpelt_ds.config import ModulesConfig
 from hyperpelt_ds.contracts import Branch, Unmade, Weights
+from hyperpelt_ds.kernels.index import copied
+from hyperpelt_ds.kernels.regenerate import made_type
 
 
 class Backbone:
@@ -241,8 +243,12 @@ class Backbone:
         source += tokens.values.shape[1] if tokens is not None else 0
         lengths = [source + target if self.one_sequence else source if site.block.in_encoder else target
                    for site in self.geometry.prefix_sites]  # fmt: skip
+        made = made_type(self.initial_norms.device.type, self.dtype)  # adapters are the most of what is generated
         self.slot.set(
-            tuple(Branch(b.rows, *(_cast(part, self.dtype) for part in b[1:])) for b in branches),
+            tuple(
+                Branch(b.rows, _cast(b.prefix, self.dtype), _cast(b.adapter, made), _cast(b.lora, self.dtype))
+                for b in branches
+            ),
             tokens._replace(values=tokens.values.to(self.dtype)) if tokens is not None else None,
             lengths,
             self.prefix_form,
@@ -259,7 +265,7 @@ class Backbone:
         tokens = self.slot.tokens
         if tokens is None:
             return words, attention_mask
-        images = tokens.values.index_select(0, tokens.rows.clamp(min=0))
+        images = copied(tokens.values, tokens.rows.clamp(min=0))
         has_image = (tokens.rows >= 0).to(attention_mask.dtype).unsqueeze(1).expand(images.shape[:2])
         return torch.cat([words, images], 1), torch.cat([attention_mask, has_image], 1)
 

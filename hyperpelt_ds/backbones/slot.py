@@ -72,7 +72,7 @@ class Slot:
             if sites
         ]
         if decoding:
-            found = self._decoding[site, batch] = [spread(prefix) for prefix in found]
+            found = self._decoding[site, batch] = [spread(_looked_at(prefix)) for prefix in found]
         return found
 
     def joined(
@@ -90,7 +90,8 @@ class Slot:
         if made is None:
             plain = [p for p in prefixes if isinstance(p, SitePrefix) and p.offset is None and _serves_all(p)]
             rest = [prefix for prefix in prefixes if not any(prefix is other for other in plain)]
-            made = (*join(key, value, plain), sum(prefix.keys.shape[1] for prefix in plain), rest)
+            longer = join(key, value, plain) if plain else (key, value)
+            made = (*longer, sum(prefix.keys.shape[1] for prefix in plain), rest)
             self._joined[site] = (key, made)
         return made
 
@@ -160,6 +161,15 @@ class Slot:
                 missing = missing.repeat_interleave(batch // len(rows))
             self._spreads[number, batch] = Spread(condition, missing)
         return self._spreads[number, batch]
+
+
+def _looked_at(prefix: AnyPrefix) -> AnyPrefix:
+    """The prefix without a tensor of the samples that lack it, if none does: to look waits for the device, which at a
+    generation's first token is little beside what every later one is spared."""
+    known = prefix.spread
+    if known is None or known.missing is None or known.missing.any():
+        return prefix
+    return prefix._replace(spread=known._replace(missing=None))
 
 
 def _serves_all(prefix: AnyPrefix) -> bool:

@@ -211,8 +211,10 @@ def _attention(
     if bias is not None:
         bias = bias.to(query.dtype)
         mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
-    grouped = query.shape[1] != key.shape[1]
-    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling, enable_gqa=grouped)
+    group = query.shape[1] // key.shape[1]
+    if group > 1:  # before 2.14 torch has no kernel for both that does not hold all scores
+        key, value = (part.repeat_interleave(group, 1) for part in (key, value))
+    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -94,7 +94,7 @@ def _check(x: Tensor, output: Tensor, deltas: Sequence[SiteLowRank]) -> None:
                     f"deltas[{number}].{name}: expected {x.dtype} on {x.device} as x is, got {part.dtype} on "
                     f"{part.device}"
                 )
-        check_index(f"deltas[{number}].users", delta.users, len(x), groups)
+        check_index(f"deltas[{number}].users", delta.users, x, groups)
 
 
 def _parts(deltas: Sequence[SiteLowRank]) -> list[segment.Part]:

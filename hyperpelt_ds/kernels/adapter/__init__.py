@@ -119,7 +119,7 @@ def _check(x: Tensor, residual: Tensor, adapters: Sequence[SiteAdapter]) -> None
     if x.ndim != 3:
         raise KernelShapeError(f"x: expected (samples, tokens, size), got {tuple(x.shape)}")
     _same("residual", residual, x.shape, x)
-    batch, _, size = x.shape
+    size = x.shape[2]
     for number, part in enumerate(adapters):
         name = f"adapters[{number}]"
         if part.down.ndim != 3:
@@ -138,14 +138,18 @@ def _check(x: Tensor, residual: Tensor, adapters: Sequence[SiteAdapter]) -> None
         for field in ("gain", "shift"):
             if getattr(part, field) is not None:
                 _same(f"{name}.{field}", getattr(part, field), (groups, size), x)
-        check_index(f"{name}.users", part.users, batch, groups)
+        check_index(f"{name}.users", part.users, x, groups)
 
 
-def check_index(name: str, index: BatchIndex, batch: int, groups: int) -> None:
+def check_index(name: str, index: BatchIndex, x: Tensor, groups: int) -> None:
+    batch = len(x)
     if len(index.ids) != batch or index.groups != groups:
         raise KernelShapeError(
             f"{name}: expected {batch} samples and {groups} groups, got {len(index.ids)} and {index.groups}"
         )
+    for field, tensor in (("ids", index.ids), ("lengths", index.lengths)):
+        if tensor is not None and tensor.device != x.device:
+            raise KernelDtypeError(f"{name}.{field}: expected on {x.device} as x is, got on {tensor.device}")
 
 
 def _same(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor) -> None:

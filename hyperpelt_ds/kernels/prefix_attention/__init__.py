@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hyperpelt_ds.kernels.prefix_attention.checks import check
-from hyperpelt_ds.kernels.prefix_attention.concatenated import concatenated, join
+from hyperpelt_ds.kernels.prefix_attention.concatenated import attention, concatenated, join
 from hyperpelt_ds.kernels.prefix_attention.explicit import explicit
 from hyperpelt_ds.kernels.prefix_attention.flash import CPU, CUDA, Flash
 from hyperpelt_ds.kernels.prefix_attention.merged import merged
@@ -37,6 +36,7 @@ __all__ = [
     "SitePrefix",
     "SiteRows",
     "Spread",
+    "attention",
     "concatenated",
     "explicit",
     "join",
@@ -76,7 +76,7 @@ def prefix_attention(
     group = query.shape[1] // key.shape[1]
     if not prefixes:
         hidden = mask if bias is None else score_bias(mask, bias, query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, hidden, dropout, scale=scale, enable_gqa=group > 1)
+        return attention(query, key, value, hidden, dropout, scale)
     if any(prefix.spread is None for prefix in prefixes):
         check(query, key, value, prefixes, mask, bias)
     device = query.device.type

@@ -28,9 +28,29 @@ def concatenated(
     """As `prefix_attention`, with `bias` (B or 1, H or 1, T, T') all that is added to the scores of real keys."""
     parts = [cast(SitePrefix, spread(prefix)) for prefix in prefixes]
     added = _added(parts, bias, query, key.shape[2])
-    grouped = query.shape[1] != key.shape[1]
     key, value = join(key, value, parts)
-    return F.scaled_dot_product_attention(query, key, value, added, dropout, scale=scale, enable_gqa=grouped)
+    return attention(query, key, value, added, dropout, scale)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, dropout: float, scale: float | None
+) -> Tensor:
+    """torch's own, of query (B, H, T, d), key and value (B, H', T', d), and what is added to scores or None.
+
+    Heads that share a key get copies of it where something is added: for both together torch before 2.14 has no kernel
+    on most devices but the one that holds all scores in float32. One query a sample needs no copy: those that share a
+    key are so many queries of one head.
+    """
+    batch, heads, length, size = query.shape
+    group = heads // key.shape[1]
+    if group == 1 or added is None:
+        return F.scaled_dot_product_attention(query, key, value, added, dropout, scale=scale, enable_gqa=group > 1)
+    if length == 1:
+        rows = query.reshape(batch, -1, group, size)
+        own = added.expand(-1, heads, -1, -1).reshape(len(added), -1, group, added.shape[3])
+        return F.scaled_dot_product_attention(rows, key, value, own, dropout, scale=scale).reshape(query.shape)
+    key, value = (part.repeat_interleave(group, 1) for part in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, added, dropout, scale=scale)
 
 
 def join(key: Tensor, value: Tensor, parts: Sequence[SitePrefix]) -> tuple[Tensor, Tensor]:
