@@ -50,7 +50,7 @@ $(OLDEST)/installed: pyproject.toml .ci/oldest.py
 	touch $@
 
 test-oldest: $(OLDEST)/installed
-	HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest
+	HF_HUB_OFFLINE=1 TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OLDEST)/extensions" PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest
 
 test-all: test
 	$(MAKE) test-slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,18 @@ def test_processes_that_srun_started_without_a_rank_do_not_each_train_alone(monk
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ValueError, match="one torchrun a node"):
         engine.start_distributed()
+
+
+def test_a_lock_that_a_killed_start_left_is_waited_for_by_nobody(tmp_path, monkeypatch, caplog):
+    """Seen: killed while it compiled DeepSpeed's op, one start made all later ones hang."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    old, new = (tmp_path / "py311_cpu" / f"deepspeed_{name}" / "lock" for name in ("old", "new"))
+    for lock in (old, new):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    os.utime(old, (0, 0))
+    engine._drop_old_locks()
+    assert new.exists() and not old.exists() and str(old) in caplog.text
 
 
 def test_a_missing_deepspeed_file_is_named(tmp_path):

@@ -15,6 +15,7 @@ import math
 import os
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -32,6 +33,11 @@ from hyperpelt_ds.config import Config, TrainConfig
 from hyperpelt_ds.train import deepspeed_json, partitions
 from hyperpelt_ds.train.partitions import Snapshot
 
+_COMPILES_SECONDS = 900.0
+"""DeepSpeed's op is compiled in less than a minute; a lock that is this old is of nobody."""
+
+log = dist.logger(__name__)
+
 
 def start_distributed() -> None:
     """Joins this process's group; works under `deepspeed`, `torchrun` and plain `python` (a group of one).
@@ -48,11 +54,25 @@ def start_distributed() -> None:
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's name for it
     if dist.has_gpu():
         torch.cuda.set_device(dist.device())
+    deepspeed = _deepspeed()
+    _drop_old_locks()
     with contextlib.redirect_stdout(io.StringIO()):  # seen in 0.19.8: it prints on every rank that its op was built
-        _deepspeed().init_distributed(timeout=timedelta(minutes=30), auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(timeout=timedelta(minutes=30), auto_mpi_discovery=False, verbose=False)
     dist.barrier()
     dist.host_sum([0])  # hosts talk over gloo, whatever devices use: known to work before a model is loaded
     _shared_buffer().unlink(missing_ok=True)
+
+
+def _drop_old_locks() -> None:
+    """Deletes what a start that was killed while it compiled DeepSpeed's op left: torch would wait for it for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/deepspeed_*/lock"):
+        with contextlib.suppress(FileNotFoundError):  # another rank of this machine was faster
+            if time.time() - lock.stat().st_mtime > _COMPILES_SECONDS:
+                lock.unlink()
+                log.warning("%s was left by a start that was killed while it compiled; deleted", lock)
 
 
 def _shared_buffer() -> Path:
