@@ -64,10 +64,13 @@ def start_distributed() -> None:
 
 
 def _drop_old_locks() -> None:
-    """Deletes what a start that was killed while it compiled DeepSpeed's op left: torch would wait for it for ever."""
-    from torch.utils.cpp_extension import get_default_build_root
+    """Deletes what a start that was killed while it compiled DeepSpeed's op left: torch (seen in 2.11) would wait for
+    ever until the file is gone. Newer ones (2.14) leave the file on purpose and lock it; nothing is done there."""
+    from torch.utils import cpp_extension
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if not hasattr(cpp_extension, "FileBaton"):
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in root.glob("**/deepspeed_*/lock"):
         with contextlib.suppress(FileNotFoundError):  # another rank of this machine was faster
             if time.time() - lock.stat().st_mtime > _COMPILES_SECONDS:
