@@ -64,8 +64,9 @@ def start_distributed() -> None:
 
 
 def _drop_old_locks() -> None:
-    """Deletes what a start that was killed while it compiled DeepSpeed's op left: torch (seen in 2.11) would wait for
-    ever until the file is gone. Newer ones (2.14) leave the file on purpose and lock it; nothing is done there."""
+    """Deletes an old lock on DeepSpeed's op, which torch 2.11 would wait for until the file is gone: for ever, if it was
+    killed while it compiled, or if torch 2.14 used the folder, which leaves the file on purpose (seen). That one locks
+    the file itself; nothing is done there."""
     from torch.utils import cpp_extension
 
     if not hasattr(cpp_extension, "FileBaton"):
@@ -75,7 +76,9 @@ def _drop_old_locks() -> None:
         with contextlib.suppress(FileNotFoundError):  # another rank of this machine was faster
             if time.time() - lock.stat().st_mtime > _COMPILES_SECONDS:
                 lock.unlink()
-                log.warning("%s was left by a start that was killed while it compiled; deleted", lock)
+                log.warning(
+                    "%s is older than any compilation takes; deleted, or this start would wait for it for ever", lock
+                )
 
 
 def _shared_buffer() -> Path:

@@ -26,8 +26,9 @@ def prefix_share(
     """
     prefixes = [spread(prefix) for prefix in prefixes]
     each = max(1, _SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    biases = repeat(None) if bias is None else bias.expand(-1, -1, query.shape[2], -1).split(each, 2)
     shares = []
-    for part, added in zip(query.split(each, 2), repeat(None) if bias is None else bias.split(each, 2), strict=False):
+    for part, added in zip(query.split(each, 2), biases, strict=False):
         shares.append(_share(part, key, prefixes, added, scale))
     return torch.cat(shares, 1)
 
