@@ -64,9 +64,9 @@ def start_distributed() -> None:
 
 
 def _drop_old_locks() -> None:
-    """Deletes an old lock on DeepSpeed's op, which torch 2.11 would wait for until the file is gone: for ever, if it was
-    killed while it compiled, or if torch 2.14 used the folder, which leaves the file on purpose (seen). That one locks
-    the file itself; nothing is done there."""
+    """Deletes an old lock on DeepSpeed's op, which torch 2.11 would wait for until the file is gone: for ever, if a
+    start was killed while it compiled, or if torch 2.14 used the folder, which leaves the file on purpose (seen). That
+    one locks the file itself; nothing is done there."""
     from torch.utils import cpp_extension
 
     if not hasattr(cpp_extension, "FileBaton"):
@@ -76,9 +76,7 @@ def _drop_old_locks() -> None:
         with contextlib.suppress(FileNotFoundError):  # another rank of this machine was faster
             if time.time() - lock.stat().st_mtime > _COMPILES_SECONDS:
                 lock.unlink()
-                log.warning(
-                    "%s is older than any compilation takes; deleted, or this start would wait for it for ever", lock
-                )
+                log.warning("%s is older than any compilation takes and would be waited for: deleted", lock)
 
 
 def _shared_buffer() -> Path:
