@@ -37,17 +37,16 @@ def run(function: Callable[..., None]) -> None:
         if folder is not None:
             crash.speak_once(Path(ast.literal_eval(folder)))
         fire.Fire(function, command=arguments)
-        _leave_group()
+        _leave(0)
     except Stopped as stop:
-        _leave_group()
         if int(os.environ.get("RANK", 0)) == 0:
             print(stop, file=sys.stderr, flush=True)
-        sys.exit(stop.code)
+        _leave(stop.code)
     except ValueError as error:
         if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_OWN):
             raise
         _report(error)
-        sys.exit(2)
+        _leave(2, together=False)
 
 
 def _checked(function: Callable[..., None], arguments: list[str]) -> list[str]:
@@ -99,13 +98,15 @@ def _literal(name: str, annotation: str, value: str) -> str:
     return value if annotation in ("bool", "int") else repr(value)
 
 
-def _leave_group() -> None:
-    """Ends the process group that the command joined, if any: its threads would now and then abort the exit (seen with
-    gloo, torch 2.15, as "terminate called without an active exception")."""
+def _leave(code: int, *, together: bool = True) -> None:
+    """Exits with the code, by way of the process group if the command joined one."""
     distributed = sys.modules.get("torch.distributed")  # not imported for a command that did not need it
     if distributed is not None and distributed.is_initialized():
-        distributed.barrier()
-        distributed.destroy_process_group()
+        from hyperpelt_ds import dist
+
+        dist.leave(code, together=together)
+    if code:
+        sys.exit(code)
 
 
 def _report(error: ValueError) -> None:

@@ -54,5 +54,4 @@ if __name__ == "__main__":
         engine.Engine.forward = dying(engine.Engine.forward, reached)
     loop.train(load(config), ds_config, run_dir, resume=True)
     if dist.world_size() > 1:
-        engine.torch.distributed.barrier()
-        engine.torch.distributed.destroy_process_group()
+        dist.leave()

@@ -192,5 +192,4 @@ if __name__ == "__main__":
         gc.collect()
         if dist.rank() == 0:
             print("held", kind, settings, flush=True)
-    dist.barrier()
-    torch_dist.destroy_process_group()
+    dist.leave()

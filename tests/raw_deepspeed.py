@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from torch import nn
 
+from hyperpelt_ds import dist
 from hyperpelt_ds.train import engine
 
 
@@ -58,4 +59,4 @@ if __name__ == "__main__":
     engine.start_distributed()
     found = {stage: changed(stage) for stage in range(4)}
     Path(sys.argv[1], "changed.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    dist.leave()

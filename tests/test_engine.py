@@ -175,6 +175,7 @@ def test_without_warm_up_the_first_update_has_the_full_rate():
 NOT_FINITE = """
 import sys, torch
 from torch import nn
+from hyperpelt_ds import dist
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.train import engine
 
@@ -193,6 +194,7 @@ for factor in (float("inf"), float("nan")):
     assert not applied and torch.equal(weight, good), (applied, weight, good)
 last, moved = step(1.0)
 assert first and last and moved.isfinite().all() and not torch.equal(moved, good)
+dist.leave()
 """
 
 

@@ -132,7 +132,8 @@ torch.distributed.barrier()
 @pytest.fixture
 def run(run_python: Callable[..., Any], tmp_path: Path) -> Callable[..., None]:
     def run(ranks: int, script: str, place: Path) -> None:
-        (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n" + script)
+        path = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        (tmp_path / "script.py").write_text(path + script + "dist.leave()\n")
         settings = {"zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 50_000}}
         (tmp_path / "settings.json").write_text(json.dumps(settings))
         launcher = ["deepspeed", "--master_port", free_port(), "--num_accelerators", ranks] if ranks > 1 else ["python"]

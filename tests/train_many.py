@@ -10,13 +10,11 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
+from hyperpelt_ds import dist
 from hyperpelt_ds.config import from_dict
 from hyperpelt_ds.train import loop
 
 if __name__ == "__main__":
     for job in json.loads(Path(next(a for a in sys.argv[1:] if a.endswith(".json"))).read_text()):
         loop.train(from_dict(job["config"]), job["ds_config"], job["run_dir"], job.get("resume", False))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    dist.leave()

@@ -136,5 +136,4 @@ if __name__ == "__main__":
             settings.write_text(json.dumps(job["settings"]))
         dist.barrier()
         run(job, settings)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    dist.leave()

@@ -114,5 +114,4 @@ if __name__ == "__main__":
         settings.write_text(json.dumps(job["settings"]))
         found.append(run(job, settings))
     jobs.with_suffix(f".{dist.rank()}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    dist.leave()
