@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from parts import packages, sources
+from parts.building import LOCK
 from parts.command_line import at_least, run
 
 from hyperpelt_ds.config import VisionConfig
 from hyperpelt_ds.contracts import VALIDATION
-from hyperpelt_ds.data.manifest import PICTURES, FeatureSet, Shard, write_manifest
+from hyperpelt_ds.data.manifest import FEATURES, MANIFEST, PICTURES, FeatureSet, Shard, write_manifest
 from hyperpelt_ds.data.shards import write_features, write_task
 from hyperpelt_ds.tasks import TASKS
+from hyperpelt_ds.tasks.demo import DEMO
 from hyperpelt_ds.terminal import progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +67,7 @@ def demo(out: str = "data/demo", cache: str | None = None, workers: int = 2, tes
         return
     if found is None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--out {folder}: holds files that this command did not make; delete it or name another")
+    _check_old(folder)
     files = packages.fetch(Path(str(cache)) if cache else folder.parent / "packages")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -139,6 +142,23 @@ def _found(folder: Path) -> dict[str, Any] | None:
     """The stamp of a folder that this command made, else None."""
     file = folder / STAMP
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _check_old(folder: Path) -> None:
+    """Raises ValueError if a folder that this command made holds what it did not make, and would now delete."""
+    if not folder.exists():
+        return
+    ours = {task.name for task in DEMO}
+    manifest = json.loads((folder / MANIFEST).read_bytes()) if (folder / MANIFEST).is_file() else {}
+    tasks = set(manifest.get("tasks", ())) - ours
+    known = {*ours, MANIFEST, STAMP, FEATURES, PICTURES, "backbone", "vision", LOCK}
+    found = tasks or {path.name for path in folder.iterdir()} - known
+    if found:
+        raise ValueError(
+            f"--out {folder}: was made from other inputs and would be built anew, but holds "
+            f"{', '.join(sorted(found))}, which this command did not make and would delete; move that, or name "
+            "another --out"
+        )
 
 
 def _summarise(folder: Path, shards: dict[str, dict[str, list[Shard]]], seconds: float) -> None:

@@ -71,7 +71,8 @@ def features(
         manifest: manifest.json of the data set
         encoder: clip, efficientnet_lite0, or the name of a torchvision model, for example resnet101
         weights: clip: hub id or folder; others: a file; torchvision's: also "default", to download
-        images: folders, separated by commas, that the files named in the lists lie in
+        images: folders, separated by commas, that the files named in the lists lie in; a table's pictures are listed
+            with their folder
         image_size: side in pixels of the square that a picture is resized to
         stage: the layer whose feature map is taken; the encoder's last if not given
         device: auto, cpu or cuda; auto takes a GPU if there is one
@@ -92,6 +93,8 @@ def features(
             f"data_prep/ makes one"
         )
     folders = [Path(name.strip()).expanduser() for name in images.split(",") if name.strip()]
+    if not folders:
+        raise ValueError("--images: names no folder; leave it out for the folder at hand")
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"--images: {folder} is not a folder; give those that the pictures were unpacked into")
@@ -226,6 +229,7 @@ def _check_folders(todo: Mapping[str, Files], folders: Sequence[Path]) -> None:
         raise ValueError(
             f"--images {','.join(map(str, folders))}: none of the first {len(files)} files of the lists is there, for "
             f"example {files[0]}"
+            + ("; table.py noted where it saw them: if they moved, give it again" if os.path.isabs(files[0]) else "")
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from parts.building import locked
 from parts.command_line import at_least, run
+from parts.places import MADE
 
 from hyperpelt_ds.data.folder import LocalFolder
 from hyperpelt_ds.data.index import find_shards, refresh_index
@@ -113,6 +114,14 @@ def _add(path: Path, task: str, split: str, shards: list[Shard]) -> bool:
         before = Manifest.load(path) if path.is_file() else None
         tasks, features, about = (before.tasks, before.features, before.about) if before else ({}, None, {})
         new = {shard.path for shard in shards}
+        listed = {s.path: (name, own) for name, splits in tasks.items() for own in splits for s in splits[own]}
+        for path_of in sorted(new):
+            if listed.get(path_of, (task, split)) != (task, split):
+                name, own = listed[path_of]
+                raise ValueError(
+                    f"--out {path}: shard {path_of} is listed for task {name!r}, split {own} already; samples would be "
+                    f"in both"
+                )
         kept = [shard for shard in tasks.get(task, {}).get(split, []) if shard.path not in new]
         reader = Reader(
             Manifest(str(path), LocalFolder(path.parent), {task: {split: kept + shards}}, features, about, "")
@@ -122,6 +131,8 @@ def _add(path: Path, task: str, split: str, shards: list[Shard]) -> bool:
             print(f"unusable: {fault}", flush=True)
         if faults:
             return False
+        if task in about.get(MADE, {}) and new - listed.keys():  # not a builder's alone: another build would delete it
+            about = {**about, MADE: {name: made for name, made in about[MADE].items() if name != task}}
         write_manifest(path.parent, {**tasks, task: {**tasks.get(task, {}), split: kept + shards}}, features, about)
         return True
 

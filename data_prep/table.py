@@ -37,6 +37,7 @@ def table(
     image_root: str = "",
     metrics: str = "",
     labels: str = "",
+    compare: str = "",
     description: str = "",
     limit: int = 0,
     shard_size: int = 4096,
@@ -73,6 +74,8 @@ def table(
             spearman, bleu4, cider, vqa_accuracy, gqa_accuracy; accuracy if left out, or exact_match without --labels
         labels: all targets there are, separated by commas (of two, the second is the positive one), or "auto" for those
             that occur; a target that is none of them is an error
+        compare: words (case, punctuation and other signs do not count: "-5" is "5") or exact; words if left out, but
+            exact for numbers, and where a target has no letter or digit or labels would else be the same
         description: one sentence that says what to do, for runs that are conditioned on descriptions
         limit: the first samples of each split only, 0 for all
         shard_size: samples in a shard
@@ -81,6 +84,7 @@ def table(
 
     from hyperpelt_ds.contracts import TRAIN, VALIDATION
     from hyperpelt_ds.data.shards import check_names
+    from hyperpelt_ds.tasks.task import normalise
 
     check_names(task, TRAIN)
     at_least(0, limit=limit)
@@ -94,17 +98,22 @@ def table(
     measures = [name.strip() for name in metrics.split(",") if name.strip()]
     closed = [label.strip() for label in labels.split(",") if label.strip()]
     own = Table(files, shares, columns, Path(image_root) if image_root else None)
-    if labels == "auto":
-        splits, closed = own.survey(task, None)
-    record = own_task.task(
-        task, measures or ["accuracy" if closed else "exact_match"], closed, description, bool(image)
-    )
-    if labels != "auto":
-        splits, _ = own.survey(task, record)
+    auto = labels == "auto"
+    measures = measures or ["accuracy" if closed or auto else "exact_match"]
+    record = None if auto else own_task.task(task, measures, closed, description, bool(image), compare)
+    seen = own.survey(task, record, measures)
+    if record is None or (seen.wordless and not compare):
+        closed, compare = (seen.targets if auto else closed), compare or (own_task.EXACT if seen.wordless else "")
+        record = own_task.task(task, measures, closed, description, bool(image), compare)
+    if seen.same and not closed and record.parse is normalise:
+        print(
+            f"note: {seen.same[0]!r} and {seen.same[1]!r} are the same words, and so the same answer; "
+            "--compare exact tells them apart"
+        )
     tasks.adopt({task: own_task.fields(record)})
     about = {"command": "table", "files": files, "shares": shares, "columns": columns, "limit": limit}
-    following = _training(task, Path(out) / "manifest.json", bool(image)) if VALIDATION in splits else UNCHECKED
-    build(out, {task: {split: own.entries(split) for split in splits}}, about, shard_size, limit, following)
+    following = _training(task, Path(out) / "manifest.json", bool(image)) if VALIDATION in seen.splits else UNCHECKED
+    build(out, {task: {split: own.entries(split) for split in seen.splits}}, about, shard_size, limit, following)
 
 
 def _training(task: str, manifest: Path, image: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import json
@@ -108,8 +109,9 @@ def leave(code: int = 0, *, together: bool = True) -> NoReturn:
         torch_dist.barrier()
         torch_dist.destroy_process_group()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or its disk is full
+            stream.flush()
     os._exit(code)
 
 

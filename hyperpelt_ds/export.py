@@ -24,7 +24,7 @@ from hyperpelt_ds import dist
 from hyperpelt_ds.backbones import static
 from hyperpelt_ds.backbones.stock import places, static_tensors, stock_logits
 from hyperpelt_ds.contracts import Batch, Sample
-from hyperpelt_ds.data.collate import source_start
+from hyperpelt_ds.data.collate import UnusableSample, source_start
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.model import Predictor, identity_of, load
@@ -194,8 +194,17 @@ def _questions(run: Predictor, task: str, image: str | Path | None) -> tuple[Bat
         log.info("the check asks a built-in sentence: %s", error)
     name = None if image is None else "image"
     features = {} if image is None else {"image": run.features([image])[0].numpy()}
-    samples = [sample._replace(image=name) for sample in samples]
+    samples = [sample._replace(image=name, target=_short(run, sample)) for sample in samples]
     return run.collator(samples, features, [1.0] * len(samples)), asked
+
+
+def _short(run: Predictor, sample: Sample) -> str:
+    """The sample's target, or if it is too long to train on, which stored ones of a test split may be, a short one."""
+    try:
+        run.collator.targets([sample])
+    except UnusableSample:
+        return "yes"
+    return sample.target
 
 
 def _write_static(live: Live, folder: Path) -> None:

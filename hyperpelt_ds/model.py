@@ -263,10 +263,10 @@ class Predictor:
         """The generated text for each of `texts`, in their order.
 
         `task` is one name for all texts, or one a text: a call may mix tasks, and texts with images and without. An
-        image is a picture or a file of one, or both pictures of a pair for a run that was trained on pairs. Weights
-        are generated once for the call, for every distinct task and image in it. Raises ValueError for an unknown
-        task, for lists of different lengths, for an image given to a run without images, and for one that cannot be
-        read.
+        image is a picture or a file of one, or both pictures of a pair for a run that was trained on pairs. At most
+        `eval.batch_size` texts, of like length, are answered at once: weights are generated once for them, for every
+        distinct task and image. Raises ValueError for an unknown task, for lists of different lengths, for an image
+        given to a run without images, and for one that cannot be read.
         """
         names = [task] * len(texts) if isinstance(task, str) else list(task)
         pictures = list(images) if images is not None else [None] * len(texts)
@@ -278,8 +278,20 @@ class Predictor:
         blind = [name for name, picture in zip(names, pictures, strict=True) if picture is None and _needs_image(name)]
         if blind:
             raise ValueError(f"task {blind[0]!r} needs an image with every text")
-        if not texts:
-            return []
+        length = max_new_tokens if max_new_tokens is not None else self.config.data.max_target_length
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        found: dict[int, str] = {}
+        for start in range(0, len(order), self.config.eval.batch_size):
+            part = order[start : start + self.config.eval.batch_size]
+            asked = [(names[place], texts[place], pictures[place]) for place in part]
+            found.update(zip(part, self._answer(asked, num_beams, length), strict=True))
+        return [found[place] for place in range(len(texts))]
+
+    def _answer(
+        self, asked: Sequence[tuple[str, str, Picture | Sequence[Picture] | None]], num_beams: int, length: int
+    ) -> list[str]:
+        """`generate` of one batch of (task, text, image)."""
+        names, texts, pictures = zip(*asked, strict=True)
         distinct: dict[Any, str] = {}
         for picture in pictures:
             if picture is not None:
@@ -293,7 +305,6 @@ class Predictor:
         batch = self.collator(
             samples, {name: feature.numpy() for name, feature in features.items()}, [1.0] * len(samples)
         )
-        length = max_new_tokens if max_new_tokens is not None else self.config.data.max_target_length
         ids = self.model.generate(batch.to(next(self.model.parameters()).device), length, num_beams)
         decoded = self.model.backbone.decode(ids)
         order = {int(sample.key): text for sample, text in zip(batch.samples, decoded, strict=True)}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fire
 
-from hyperpelt_ds.train import crash
+from hyperpelt_ds.train import crash, outcome
 from hyperpelt_ds.train.outcome import Stopped
 
 _OWN = tuple(str(Path(__file__).resolve().parents[1] / folder) for folder in ("hyperpelt_ds", "launch"))
@@ -31,6 +31,7 @@ def run(function: Callable[..., None]) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     if int(os.environ.get("RANK", 0)) or not sys.stderr.isatty():  # else the bars of W ranks, in a file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    folder = None
     try:
         arguments = _checked(function, sys.argv[1:])
         folder = next((text.partition("=")[2] for text in arguments if text.startswith("--run_dir=")), None)
@@ -46,6 +47,8 @@ def run(function: Callable[..., None]) -> None:
         if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_OWN):
             raise
         _report(error)
+        if folder is not None:
+            _tell_supervisor(Path(ast.literal_eval(folder)))
         _leave(2, together=False)
 
 
@@ -107,6 +110,13 @@ def _leave(code: int, *, together: bool = True) -> None:
         dist.leave(code, together=together)
     if code:
         sys.exit(code)
+
+
+def _tell_supervisor(run_dir: Path) -> None:
+    """Says of a start that a supervisor began that its request was wrong, for launchers make 1 of any code."""
+    if int(os.environ.get("RANK", 0)) == 0 and (run_dir / outcome.START).is_file():
+        outcome.begin(run_dir)
+        outcome.write_status(run_dir, outcome.FAILED, 0, 2)
 
 
 def _report(error: ValueError) -> None:

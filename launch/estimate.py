@@ -46,6 +46,8 @@ def estimate(
     from hyperpelt_ds import counts, recipes
     from hyperpelt_ds.forecast import tables
 
+    if world_size < 1:
+        raise ValueError(f"--world_size must be at least 1, got {world_size}")
     config = recipes.get(recipe).override(overrides)
     found = counts.estimate(config, tasks)
     printed, page = {"recipe": recipe, **dataclasses.asdict(found)}, [counts.table(found, frozen=ds_config is None)]

@@ -12,8 +12,8 @@ def supervise(*command: str, cycles: int = 3, wait: int = 10, grace: int = 60) -
     """Start a training, and again after a crash, a hang or a lost machine, from its newest checkpoint.
 
     It ends with 0 when the run is done, and with the run's own exit code when that needs a human (65 data, 66 numerics,
-    67 ranks differ), when there was no newer checkpoint in so many starts, or when it was itself asked to stop: SIGTERM
-    and Ctrl-C reach the run, which saves and leaves (75).
+    67 ranks differ), when there was no newer checkpoint in so many starts, when another start took the run over, or
+    when it was itself asked to stop: SIGTERM, Ctrl-C and a closed terminal reach the run, which saves and leaves (75).
 
     Examples:
         python launch/supervise.py -- deepspeed --num_accelerators 2 launch/train.py --recipe demo
@@ -25,7 +25,8 @@ def supervise(*command: str, cycles: int = 3, wait: int = 10, grace: int = 60) -
         command: after `--`, the training as it would be typed without this; --resume is added
         cycles: starts without a newer checkpoint after which it gives up
         wait: seconds before the next start, doubled after each start without a newer checkpoint
-        grace: seconds that a run has to save when it is asked to stop
+        grace: seconds that a run has to save when it is asked to stop; then it is ended, and what came after its newest
+            checkpoint is lost
     """
     from hyperpelt_ds.train.supervision import Supervisor
 
@@ -39,7 +40,7 @@ def supervise(*command: str, cycles: int = 3, wait: int = 10, grace: int = 60) -
 
 def _run_dir(command: tuple[str, ...]) -> Path:
     for word, following in zip(command, (*command[1:], ""), strict=True):
-        name, sign, value = word.partition("=")
+        name, sign, value = word.replace("--run-dir", "--run_dir").partition("=")
         if name == "--run_dir" and (value if sign else following):
             return Path(value if sign else following)
     raise ValueError(

@@ -13,6 +13,7 @@ RANKS = {
     "contracts": 0,
     "config": 0,
     "dist": 0,
+    "lines": 0,
     "terminal": 0,
     "kernels": 1,
     "tasks": 1,

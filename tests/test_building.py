@@ -234,6 +234,26 @@ def test_shards_that_the_manifest_lists_for_another_task_are_never_deleted(tmp_p
     whole(tmp_path)
 
 
+@pytest.mark.parametrize("built", [False, True])
+def test_shards_that_were_put_into_the_manifest_are_never_deleted(tmp_path, built):
+    """As data_prep/index.py does, also of a task that a builder made before."""
+    from test_index import command
+
+    if built:
+        build(tmp_path, {"glue_cola": {"train": entries(4)}}, {})
+    shards.write_task(tmp_path, "glue_cola", "validation", [Sample("k", "glue_cola", "a", "1", "i")])
+    (tmp_path / "glue_cola/validation-000000.tar").rename(tmp_path / "glue_cola/mine-000000.tar")
+    (tmp_path / "glue_cola/validation-000000.idx").unlink()
+    command.index(
+        shards=f"{tmp_path}/glue_cola/mine-000000.tar",
+        task="glue_cola",
+        split="validation",
+        out=str(tmp_path / MANIFEST),
+    )
+    _refused(tmp_path, r"holds files in the task's place that no builder made of it, .*glue_cola/mine-000000\.idx")
+    whole(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["link", "dangling link", "file"])
 def test_a_tasks_place_that_is_no_folder_is_refused_before_the_manifest_changes(tmp_path, kind):
     out, place = tmp_path / "out", tmp_path / "out/glue_cola"
@@ -333,11 +353,12 @@ def test_an_item_is_its_words_and_a_share_is_spread_evenly():
     assert (
         building.item_of("a", "He  slept.") == building.item_of("a", "he slept") != building.item_of("a", "he", "slept")
     )
+    assert building.item_of("a", "😀") == building.item_of("a", " 😀 ") != building.item_of("a", "😡")
     shares = [building.share(f"item {i}") for i in range(4000)]
     assert min(shares) >= 0 and max(shares) < 1 and abs(np.mean([value < 0.1 for value in shares]) - 0.1) < 0.02
 
 
-def _command(*, out: str, tasks: str = "", limit: int = 0, fast: bool = False) -> None:
+def _command(*, out: str, tasks: str = "", limit: int = 0, share: float = 0.5, fast: bool = False) -> None:
     """Show what was given.
 
     Examples:
@@ -355,6 +376,7 @@ def _command(*, out: str, tasks: str = "", limit: int = 0, fast: bool = False) -
         (["--limit", "5"], "error: missing --out; --help shows an example"),
         (["--out", "--limit", "5"], "error: --out needs a value"),
         (["x", "--limit", "5"], "error: unexpected 'x'; every value follows its --flag"),
+        (["--out", "x", "--share", "half"], "error: --share must be a number, got 'half'"),
     ],
 )
 def test_flags_are_read_as_they_stand_and_a_wrong_one_stops_before_any_work(arguments, answer, monkeypatch, capsys):
@@ -368,6 +390,17 @@ def test_flags_are_read_as_they_stand_and_a_wrong_one_stops_before_any_work(argu
     said = capsys.readouterr()
     assert code == (2 if failed else 0)
     assert (said.err if failed else said.out).strip().startswith(answer)
+
+
+def test_what_the_machine_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    def command(*, out: str) -> None:
+        Path(out).mkdir()
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["x.py", "--out", f"{tmp_path}/file/x"])
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(command)
+    assert stop.value.code == 1 and capsys.readouterr().err == f"error: Not a directory: {tmp_path}/file/x\n"
 
 
 def test_numbers_and_names_are_checked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -211,6 +212,8 @@ folder.mkdir(exist_ok=True)
 with (folder / "starts").open("a") as file:
     print(*sys.argv[2:], file=file)
 start = len((folder / "starts").read_text().splitlines())
+outcome.begin(folder)
+supervision.take_over(folder, print)
 supervision.record_process(folder, 0)
 
 def save(step):
@@ -298,6 +301,83 @@ def test_a_launcher_that_waits_on_after_the_run_has_said_how_it_ended_is_ended(s
         end("finished", 0)
     """) == 0  # fmt: skip
     assert len(starts(tmp_path)) == 2 and not alive(int((tmp_path / "run" / "launcher").read_text()))
+
+
+def is_past(file: Path, step: int) -> bool:
+    return file.exists() and int(file.read_text() or 0) > step
+
+
+TRAINS = """
+def leave(*_):
+    save(reached)
+    end("preempted", 75)
+signal.signal(signal.SIGTERM, leave)
+reached = int((folder / "LATEST").read_text()[5:]) if (folder / "LATEST").exists() else 0
+while reached < 60:
+    reached += 1
+    (folder / "reached").write_text(str(reached))
+    time.sleep(0.1)
+save(reached)
+end("finished", 0)
+"""
+
+
+def test_of_two_supervisors_of_one_run_the_second_takes_it_over_and_the_first_leaves(tmp_path):
+    (tmp_path / "run.py").write_text(RUN + TRAINS)
+    run, children = tmp_path / "run", []
+    command = [sys.executable, "launch/supervise.py", "--wait", "0", "--", sys.executable, str(tmp_path / "run.py")]
+    try:
+        for step in (5, 15):
+            children.append(subprocess.Popen([*command, str(run), f"--run-dir={run}"], cwd=ROOT, env=environment()))
+            wait_for(functools.partial(is_past, run / "reached", step), children[-1])
+        assert [child.wait(60) for child in children] == [75, 0]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert len(starts(tmp_path)) == 2 and (run / "LATEST").read_text() == "step_00000060\n"
+
+
+def test_what_a_start_that_is_taken_over_says_is_not_the_new_ones_word(supervise, tmp_path):
+    """The first is slow to say how it ended, and the second must not be ended for that."""
+    assert supervise("""
+        outcome.write_status(folder, "preempted", 3, 75)  # this start's, which an earlier one overwrites
+        status = folder / "STATUS.json"
+        status.write_text(status.read_text().replace(outcome.start_name(), "an earlier start"))
+        time.sleep(4)  # longer than the grace
+        end("finished", 0)
+    """) == 0  # fmt: skip
+    assert len(starts(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("file", ["STATUS.json", "processes/rank_0.json", "LATEST"])
+def test_a_small_file_that_cannot_be_read_just_now_ends_no_supervisor(supervise, tmp_path, file):
+    assert supervise(f"""
+        (folder / {file!r}).write_text("")
+        time.sleep(3)
+        if start == 2: end("finished", 0)
+        sys.exit(1)
+    """) == 0  # fmt: skip
+    assert len(starts(tmp_path)) == 2
+
+
+def test_a_run_that_does_not_save_in_time_is_said_to_be_lost(tmp_path, capfd):
+    script = tmp_path / "run.py"
+    script.write_text(RUN + textwrap.dedent("""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        save(4)
+        outcome.write_status(folder, "running", 7)
+        (folder / "ready").touch()
+        time.sleep(1000)
+    """))  # fmt: skip
+    command = [sys.executable, "launch/supervise.py", "--grace", "1", "--", sys.executable, script, tmp_path / "run"]
+    child = subprocess.Popen(
+        [*map(str, command), "--run_dir", str(tmp_path / "run")], cwd=ROOT, env=environment(), stdout=subprocess.PIPE
+    )
+    wait_for(lambda: (tmp_path / "run" / "ready").exists(), child)
+    child.send_signal(signal.SIGHUP)
+    said = child.communicate(timeout=60)[0].decode()
+    assert child.returncode == 75 and "did not save within 1 s (--grace); after the checkpoint of step 4 all is" in said
 
 
 def test_a_new_start_ends_what_an_earlier_one_left_on_its_machine_and_nothing_else(tmp_path, monkeypatch):

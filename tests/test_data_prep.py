@@ -347,6 +347,18 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
+@pytest.mark.parametrize("mine", ["task", "file"])
+def test_a_demo_of_other_inputs_is_not_built_anew_over_what_else_is_in_its_folder(tmp_path, mine):
+    (tmp_path / "stamp.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text(json.dumps({"tasks": {"movie_rating": {}, "my_task": {}}}))
+    if mine == "file":
+        (tmp_path / "manifest.json").write_text(json.dumps({"tasks": {"movie_rating": {}}}))
+        (tmp_path / "my_task").mkdir()
+    answer = _run(f"--out={tmp_path}", PIP_NO_INDEX="1")
+    assert answer.returncode == 2 and "holds my_task, which this command did not make" in answer.stderr
+    assert (tmp_path / "manifest.json").is_file()
+
+
 def test_without_a_network_the_command_says_what_is_missing_and_leaves_nothing(tmp_path):
     answer = _run(f"--out={tmp_path / 'demo'}", f"--cache={tmp_path / 'cache'}", PIP_NO_INDEX="1")
     assert answer.returncode == 2

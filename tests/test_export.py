@@ -204,6 +204,15 @@ def test_a_run_without_its_data_is_checked_on_a_sentence(make_run, tmp_path):
     assert "one built-in sentence" in (folder / "README.md").read_text()
 
 
+def test_a_test_target_too_long_to_train_on_does_not_matter(make_run, tmp_path):
+    run_dir = shutil.copytree(make_run("bart", *LORA), tmp_path / "run")
+    config = json.loads((run_dir / "config.json").read_text())
+    config["data"]["max_target_length"] = 2
+    (run_dir / "config.json").write_text(json.dumps(config))
+    folder = export(run_dir, "movie_sentiment", out=tmp_path / "out")
+    assert "samples of the" in (folder / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def written(make_run, red, tmp_path_factory) -> tuple[Any, Path]:
     live = exports._live(make_run("bart", *whole("bart")), "easy_vqa", red, "safetensors", [])

@@ -302,6 +302,7 @@ def test_lists_that_cannot_be_meant_are_refused(tmp_path, build, lists, message)
     ("flags", "message"),
     [
         ({"images": "/no/such"}, "--images: /no/such is not a folder"),
+        ({"images": ""}, "--images: names no folder"),
         ({"device": "gpu"}, "--device must be one of auto, cpu, cuda, got 'gpu'"),
         ({"workers": -1}, "--workers must be a whole number, at least 0, got -1"),
         ({"max_failed": 2}, "--max_failed must be a share, from 0 to 1, got 2"),

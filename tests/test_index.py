@@ -104,17 +104,21 @@ def test_an_index_file_is_small_and_gives_the_index_back(tmp_path):
     assert [back.key(i) for i in (0, 999)] == ["key000000", "key000999"] and back.members(999) == index.members(999)
 
 
-def test_folders_and_links_in_a_tar_are_no_samples(tmp_path):
+def test_folders_in_a_tar_are_no_samples_and_links_are_refused(tmp_path):
     with tarfile.open(tmp_path / "tree.tar", "w") as archive:
         folder = tarfile.TarInfo("dir.with.dots")
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
-        link = tarfile.TarInfo("dir.with.dots/x.json")
-        link.type, link.linkname = tarfile.SYMTYPE, "elsewhere"
-        archive.addfile(link)
         archive.addfile(tarfile.TarInfo("dir.with.dots/a.txt"), io.BytesIO())
     index = index_shard(tmp_path / "tree.tar")
     assert [index.key(i) for i in range(len(index))] == ["dir.with.dots/a"]
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):  # as tar stores the second of two files that are one
+        with tarfile.open(tmp_path / "tree.tar", "a") as archive:
+            link = tarfile.TarInfo("dir.with.dots/x.json")
+            link.type, link.linkname = kind, "elsewhere"
+            archive.addfile(link)
+        with pytest.raises(ValueError, match=r"tree.tar: member dir.with.dots/x.json is a link to elsewhere"):
+            index_shard(tmp_path / "tree.tar")
 
 
 @pytest.mark.parametrize(
@@ -346,6 +350,16 @@ def test_the_command_says_what_is_unusable(tmp_path, capsys):
         command.index(shards=f"{tmp_path}/new.tar", task="summary", out=f"{tmp_path}/manifest.json", workers=1)
     shown = capsys.readouterr().out
     assert shown.count("unusable: shard new.tar, key 'k0': field 'target' is of type int") == 1 and "'k1'" not in shown
+
+
+def test_a_shard_cannot_be_in_two_splits_or_tasks(tmp_path):
+    make_tar(tmp_path / "a.tar", json_members(range(2)))
+    out = tmp_path / "manifest.json"
+    command.index(shards=f"{tmp_path}/a.tar", task="summary", out=str(out), workers=1)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"shard a\.tar is listed for task 'summary', split train already"):
+        command.index(shards=f"{tmp_path}/a.tar", task="summary", split="test", out=str(out), workers=1)
+    assert out.read_bytes() == before
 
 
 def test_the_command_refuses_what_cannot_become_a_manifest(tmp_path):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +17,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
+from hyperpelt_ds import lines
 from hyperpelt_ds.contracts import Batch, Sample
-from hyperpelt_ds.report.files import read_lines
 from hyperpelt_ds.train.metrics import OBSERVATIONS, SAMPLES, Window, Writer
 
 
@@ -113,13 +117,13 @@ def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     for step in (1, 2, 3):
         writer.write(step, {"train/loss": float(step)})
     writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as lines:
-        lines.write('{"step": 4, "tr')  # a process that died while writing
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "tr')  # a process that died while writing
     writer = Writer(tmp_path, 1)
     writer.write(2, {"train/loss": 20.0})
     writer.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 20.0)]
+    written = lines.read(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["train/loss"]) for line in written] == [(1, 1.0), (2, 20.0)]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
 
@@ -133,9 +137,41 @@ def test_a_line_ends_where_we_ended_it_whatever_its_answers_hold_and_wherever_it
     file = tmp_path / SAMPLES
     whole = file.read_bytes()
     file.write_bytes(whole + whole[: whole.index("é".encode()) + 1])
-    assert read_lines(file) == said
+    assert lines.read(file) == said and lines.newest(file, 2) == said[1:] and lines.newest(file, 9) == said
     Writer(tmp_path, 2).close()
-    assert read_lines(file) == said[:2]
+    assert lines.read(file) == said[:2]
+
+
+def test_going_on_does_not_write_what_is_kept(tmp_path, monkeypatch):
+    """A kill while a file is written anew would lose it."""
+    Writer(tmp_path, 0).append(SAMPLES, [{"step": step, "prediction": "x"} for step in range(1, 1000)])
+    file, opened = tmp_path / SAMPLES, []
+    size, whole = file.stat().st_size, file.read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: opened.append("written"))
+    for step, left in ((999, 999), (500, 500), (0, 0), (0, 0)):
+        Writer(tmp_path, step).close()
+        assert len(lines.read(file)) == left and whole.startswith(file.read_bytes()) and not opened
+    assert size > file.stat().st_size == 0 and lines.newest(file, 3) == []
+
+
+def test_a_full_disk_costs_figures_and_a_warning_and_not_the_run(tmp_path, monkeypatch, caplog):
+    writer = Writer(tmp_path, 0)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        for name in ("add_scalar", "add_image", "flush", "close"):
+            patched.setattr(writer._board, name, full)
+        for step in (1, 2):
+            writer.write(step, {"train/loss": 1.0})
+            writer.show(step, images={"a": np.zeros((2, 2, 3), np.uint8)})
+            writer.append(SAMPLES, [{"step": step}])
+    said = [record.message for record in caplog.records if "lacks figures from here on" in record.message]
+    assert len(said) == 3 and all("No space left on device" in text for text in said)  # each file once
+    writer.write(3, {"train/loss": 1.0})
+    assert [line["step"] for line in lines.read(tmp_path / "metrics.jsonl")] == [3]
 
 
 def test_what_is_shown_comes_back_from_the_event_file(tmp_path):

@@ -127,6 +127,8 @@ GOOD = '{"task": "movie_rating", "source": "a"}'
             "line 2: key '7' of task 'movie_rating' is line 1's",
         ),
         ("\n \n", "in.jsonl: holds no lines"),
+        ('{"task": "movie_rating", "source": "cut \\ud83d"}', "line 1: field 'source' holds half a character"),
+        ('{"task": "easy_vqa", "source": "a", "image": null}', "line 1: task 'easy_vqa' needs a field 'image'"),
     ],
 )
 def test_a_bad_line_is_refused_with_file_and_line(call, run_dir, tmp_path, text, message):
@@ -137,6 +139,15 @@ def test_a_bad_line_is_refused_with_file_and_line(call, run_dir, tmp_path, text,
     )
     assert code == 2 and message in err and "in.jsonl" in err and err.count("error") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_hours_of_answering(call, run_dir, tmp_path, monkeypatch):
+    path = tmp_path / "in.jsonl"
+    path.write_text(GOOD)
+    monkeypatch.setattr(predict, "answers", lambda *_: pytest.fail("was asked"))
+    out = path / "x"
+    code, _, err = call(test_launch.script("predict").predict, "--run_dir", run_dir, "--input", path, "--out", out)
+    assert code == 2 and f"--out {out}: no folder that can be written to: Not a directory" in err
 
 
 def test_lines_without_a_task_take_the_flag(run_dir, tmp_path):

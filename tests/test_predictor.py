@@ -62,6 +62,17 @@ def test_weights_and_each_image_are_computed_once_for_a_call(run, pictures):
     assert encoded == [2]  # two distinct images for three samples
 
 
+def test_many_texts_are_answered_in_batches(run, monkeypatch):
+    texts, sizes = [f"the film {'really ' * (number % 4)}{number}" for number in range(7)], []
+    alone = [run.generate("movie_rating", [text])[0] for text in texts]
+    small = run.config.override(["eval.batch_size=3"])
+    monkeypatch.setattr(run, "config", small)
+    hook = run.model.hypernet.register_forward_hook(lambda module, args, made: sizes.append(len(args[0].samples)))
+    assert run.generate("movie_rating", texts) == alone
+    hook.remove()
+    assert sizes == [3, 3, 1]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

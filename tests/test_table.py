@@ -208,6 +208,56 @@ def test_another_kind_of_file_is_refused(tmp_path):
         table(**_request(tmp_path / "out", data=str(tmp_path / "t.xlsx")))
 
 
+def test_a_pattern_goes_into_folders_and_a_name_may_look_like_one(tmp_path):
+    for number, place in enumerate(("t.csv", "a/t.csv", "a/b/t.csv")):
+        write(tmp_path / place, [{"text": f"text {number}", "team": "it"}])
+    table(**_request(tmp_path / "out", train=f"{tmp_path}/**/*.csv"))
+    assert sorted(sample.source for sample in _samples(tmp_path / "out", "train")) == ["text 0", "text 1", "text 2"]
+    write(tmp_path / "t[1].parquet", rows(6))
+    table(**_request(tmp_path / "out", train=str(tmp_path / "t[1].parquet")))
+    assert len(_samples(tmp_path / "out", "train")) == 6
+
+
+@pytest.mark.parametrize(
+    ("targets", "change", "same", "note"),
+    [
+        (["-5", "5"], {}, True, "'-5' and '5' are the same words, and so the same answer; --compare exact"),
+        (["-5", "5"], {"compare": "exact"}, False, ""),
+        (["Yes", "yes"], {}, True, ""),
+        (["+", "yes"], {}, False, ""),
+        (["c++", "C#"], {"labels": "auto", "metrics": "exact_match"}, False, ""),
+    ],
+)
+def test_how_answers_are_compared_is_said_where_it_is_not_plain(tmp_path, capsys, targets, change, same, note):
+    own = [{"text": f"text {row}", "team": targets[row % 2]} for row in range(8)]
+    table(**_request(tmp_path / "out", train=str(write(tmp_path / "t.jsonl", own)), **change))
+    said = capsys.readouterr().out
+    assert note in said if note else "the same words" not in said
+    tasks.adopt(Manifest.load(tmp_path / "out" / MANIFEST).about["records"])
+    parse = tasks.get("tickets").parse
+    assert (parse(targets[0]) == parse(targets[1])) is same
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "message"),
+    [
+        ({"team": "3,5"}, {"metrics": "pearson"}, r"line 2, column 'team': metric 'pearson' compares numbers.*'3,5'"),
+        (
+            {"refs": ["a"]},
+            {"metrics": "vqa_accuracy", "references": "refs"},
+            r"line 2, .* more than 3, got 1 references",
+        ),
+        ({"text": "cut \ud83d"}, {}, r"line 2, column 'text': holds half a character"),
+    ],
+)
+def test_what_a_metric_or_a_tokenizer_could_not_take_is_named_before_anything_is_built(tmp_path, row, change, message):
+    own = [{"text": "a", "team": "-1", "refs": ["a"] * 10}, {"text": "b", "team": "2", "refs": ["b"] * 10}]
+    own[1] |= row
+    with pytest.raises(ValueError, match=message):
+        table(**_request(tmp_path / "out", train=str(write(tmp_path / "t.jsonl", own)), **change))
+    assert not (tmp_path / "out").exists()
+
+
 # ---- images
 
 
@@ -238,6 +288,22 @@ def test_images_have_safe_and_unique_names_and_are_listed_with_their_files(tmp_p
     files = [str((photos / name).resolve()) for name in names[:3]]
     assert listed == [{"image": image, "files": [file]} for image, file in zip(images[:3], files, strict=True)]
     assert tasks.needs_image("tickets")
+
+
+def test_two_tasks_may_have_the_same_picture_under_names_that_look_alike(tmp_path, photos):
+    """A name's letters that are not plain are left out of an image's id."""
+    from parts.image_lists import wanted_images
+
+    (photos / "к.png").write_bytes((photos / "red/a.png").read_bytes())
+    (photos / "п.png").symlink_to(photos / "red/a.png")
+    for task, name in (("one", "к.png"), ("two", "п.png")):
+        data = write(photos / f"{task}.jsonl", _shots([name]))
+        table(**_request(tmp_path / "out", train=str(data), image="photo", task=task))
+    (files,) = wanted_images(tmp_path / "out", ["one", "two"], 8, 0).values()
+    assert files == (str(photos / "к.png"),)
+    (photos / "к.png").unlink()
+    with pytest.raises(ValueError, match=r"two\.jsonl, line 1: image .* in another task"):
+        wanted_images(tmp_path / "out", ["one", "two"], 8, 0)
 
 
 def test_paths_of_images_start_at_the_root_that_is_given_and_a_missing_one_is_named(tmp_path, photos):

@@ -24,7 +24,7 @@ from hyperpelt_ds import tasks as records
 from hyperpelt_ds.tasks import Task
 from hyperpelt_ds.tasks.task import Example, check_target, normalise
 from hyperpelt_ds.terminal import progress
-from parts.places import IMAGES, SHOTS, check_place
+from parts.places import IMAGES, MADE, SHOTS, check_place
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: it takes seconds, and --help should not
     from hyperpelt_ds.contracts import Sample
@@ -112,6 +112,9 @@ def build(
             _publish(
                 folder, before, {name: {s: p.shards for s, p in own.items()} for name, own in parts.items()}, about
             )
+        except OSError as error:
+            error.filename = error.filename or str(folder)  # a full disk names none
+            raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     _summarise(folder, parts, following, time.monotonic() - start)
@@ -159,8 +162,11 @@ def render(task: Task, split: str, entry: Entry) -> Sample | None:
 
 
 def item_of(prefix: str, *texts: str) -> str:
-    """The name of an item that its texts make: the same for texts that differ in case and punctuation only."""
-    return f"{prefix}-{hashlib.sha256(' | '.join(map(normalise, texts)).encode()).hexdigest()[:16]}"
+    """The name of an item that its texts make: the same for texts that differ in case and punctuation only, unless they
+    are nothing else."""
+    words = [normalise(text) for text in texts]
+    said = words if any(words) else [text.strip() for text in texts]  # symbols only, all different
+    return f"{prefix}-{hashlib.sha256(' | '.join(said).encode()).hexdigest()[:16]}"
 
 
 def share(item: str) -> float:
@@ -186,7 +192,7 @@ class _ImageList:
         if entry.image not in self._seen:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("w")
+                self._file = self._path.open("w", encoding="utf-8")
             print(json.dumps({"image": entry.image, "files": entry.files}, ensure_ascii=False), file=self._file)
         if self._seen.setdefault(entry.image, files) != files:
             raise ValueError(f"{where}: its image {entry.image!r} had other files before than {', '.join(entry.files)}")
@@ -264,12 +270,12 @@ def _notes(
     own = {**notes.get("records", {}), **records.own_records(written)}
     places = {name: place for place, name in enumerate(records.TASKS) if name not in own}
     said = {**notes.get("tasks", {}), **{name: records.get(name).about for name in written}}
-    made = {**notes.get("made_from", {}), **{name: dict(about) for name in written}}
+    made = {**notes.get(MADE, {}), **{name: dict(about) for name in written}}
     names = sorted(names, key=lambda name: (places.get(name, len(places)), name))
     return {
         **notes,
         "tasks": {name: said.get(name, "") for name in names},
-        "made_from": {name: made[name] for name in names if name in made},
+        MADE: {name: made[name] for name in names if name in made},
         "records": {name: own[name] for name in names if name in own},
     }
 

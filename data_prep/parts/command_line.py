@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import os
 import sys
 import traceback
@@ -20,13 +21,17 @@ _WHOLE = ("int", "float", "bool")  # annotations whose values fire may read; all
 
 
 def run(function: Callable[..., None]) -> None:
-    """Calls `function` with the command line's flags; exits with 2 after one line `error: ...` for a bad request.
+    """Calls `function` with the command line's flags; exits with 2 after one line `error: ...` for a bad request, and
+    with 1 after one for what the machine refused.
 
     A ValueError raised by this project is the user's to mend; one raised by a library is a bug and keeps its traceback.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):  # a text that the terminal has no signs for must not end a build
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         fire.Fire(function, command=_checked(function, sys.argv[1:]))
     except ValueError as error:
@@ -34,6 +39,11 @@ def run(function: Callable[..., None]) -> None:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that is none or not ours
+        if error.strerror is None:
+            raise
+        print(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def at_least(least: int, **values: int) -> None:
@@ -76,9 +86,19 @@ def _checked(function: Callable[..., None], arguments: list[str]) -> list[str]:
             value = "True" if kind == "bool" else next(rest, "--")
             if value.startswith("--"):
                 raise ValueError(f"--{name} needs a value")
+        if kind == "float" and not _is_number(value):
+            raise ValueError(f"--{name} must be a number, got {value!r}")
         checked.append(f"--{name}={value if kind in _WHOLE else repr(value)}")
         given.add(name)
     missing = [f"--{name}" for name, flag in flags.items() if flag.default is flag.empty and name not in given]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}; --help shows an example")
     return checked
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

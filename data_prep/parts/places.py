@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hyperpelt_ds.data.manifest import Manifest
 
 IMAGES, SHOTS = "images", "shots"  # folders of the data set that are no task's
+MADE = "made_from"  # in a manifest's notes: what each task was made from that builders made, and they alone
 _LEFT = re.compile(r"[A-Za-z0-9_-]+-\d{6,}\.(tar|idx)(\.partial)?")  # what builders name their files of a task
 
 
@@ -25,13 +26,15 @@ def check_place(folder: Path, name: str, before: Manifest | None) -> None:
         linked = place == folder / name and place.is_symlink()
         if linked or (place.exists() and not place.is_dir()):
             raise ValueError(f"task {name!r}: {place} is {'a link' if linked else 'no folder'}; {advice}")
-    mine, others = set(), {}
+    mine, adopted, others = set(), set(), {}
     for task, splits in before.tasks.items() if before else ():
         paths = {path for shards in splits.values() for s in shards for path in (s.path, s.index_path)}
-        if task == name:
+        if task != name:
+            others.update(dict.fromkeys(paths, task))
+        elif before and task in before.about.get(MADE, {}):
             mine = paths
         else:
-            others.update(dict.fromkeys(paths, task))
+            adopted = paths
     foreign = []
     for path in sorted((folder / name).rglob("*")):
         relative = path.relative_to(folder).as_posix()
@@ -42,7 +45,7 @@ def check_place(folder: Path, name: str, before: Manifest | None) -> None:
             )
         if relative in mine or (path.is_dir() and not path.is_symlink()):
             continue
-        if path.parent != folder / name or not _left_by_build(path, name):
+        if relative in adopted or path.parent != folder / name or not _left_by_build(path, name):
             foreign.append(path)
     lists = (folder / IMAGES / f"{name}.jsonl", _lists_images), (folder / SHOTS / f"{name}.json", _lists_shots)
     foreign += [path for path, is_ours in lists if path.exists() and not is_ours(path)]

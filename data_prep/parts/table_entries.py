@@ -7,21 +7,25 @@ is one item.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from hyperpelt_ds.contracts import TRAIN, VALIDATION
 from hyperpelt_ds.tasks import Task
-from hyperpelt_ds.tasks.task import check_target
+from hyperpelt_ds.tasks.metrics import check_answer
+from hyperpelt_ds.tasks.task import check_target, normalise
 from hyperpelt_ds.terminal import progress
 from parts.building import Entry, item_of, share
 from parts.table_files import Row, check, rows
 
 TEST = "test"
 MOST_LABELS = 1000
+SEEN = 1_000_000  # different targets that are compared with one another
 
 
 def files_and_shares(
@@ -59,6 +63,35 @@ def _share(flag: str, value: str, otherwise: float) -> float:
     return share
 
 
+class Survey(NamedTuple):
+    """What a table holds: its splits, those with names of their own last; its targets, if they are to be labels; two
+    targets that differ in more than case and spaces but are the same words, and one without any, "" if there are none.
+    """
+
+    splits: list[str]
+    targets: list[str]
+    same: tuple[str, str] | tuple[()]
+    wordless: str
+
+
+class _SameWords:
+    """Looks for the first two targets that are the same words though they are not the same; of a million at most."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, str] = {}  # hash of the words -> one target
+        self.pair: tuple[str, str] | tuple[()] = ()
+        self.wordless = ""
+
+    def add(self, target: str) -> None:
+        words = normalise(target)
+        self.wordless = self.wordless or ("" if words else target)
+        if self.pair or len(self._seen) >= SEEN:
+            return
+        one = self._seen.setdefault(hash(words), target)
+        if one.casefold().split() != target.casefold().split():
+            self.pair = one, target
+
+
 @dataclass(frozen=True)
 class Table:
     """files and shares: see `files_and_shares`. columns: what for -> name, "" for none."""
@@ -70,17 +103,21 @@ class Table:
     images: dict[Path, tuple[str, str]] = field(default_factory=dict)  # path as it is given -> image id, file
     by_content: dict[str, str] = field(default_factory=dict)  # image id -> its first file
 
-    def survey(self, task: str, record: Task | None) -> tuple[list[str], list[str]]:
-        """Reads everything once; the splits, those with names of their own last, and all targets.
+    def survey(self, task: str, record: Task | None, metrics: Sequence[str]) -> Survey:
+        """Reads everything once.
 
-        Raises ValueError naming file, line and column for a value that cannot be used, a target that is no label of
-        `record` and more targets than labels may be if there is no record; and for a split without rows.
+        Raises ValueError naming file, line and column for a value that cannot be used, also by one of the metrics, a
+        target that is no label of `record` and more targets than labels may be if there is no record; and for a split
+        without rows.
         """
         counts: Counter[str] = Counter(dict.fromkeys(self.files if self.shares is None else self.shares, 0))
         targets: set[str] = set()
+        same = _SameWords()
         for row, split, entry in progress(self._rows(), f"{task}: looking through the table"):
             counts[split] += 1
+            same.add(entry.example["target"])
             try:
+                check_answer(metrics, entry.example["target"], entry.references)
                 if record is not None:
                     check_target(record, entry.key, entry.example["target"])
                 elif len(targets) < MOST_LABELS:
@@ -93,13 +130,14 @@ class Table:
         for split in wanted:
             if not counts[split]:
                 rows_of = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count) or "there are none"
-                more = (
-                    f"; --{split} {self.shares[split]} is too small a share" if self.shares and split != TRAIN else ""
-                )
+                more = ""
+                if self.shares and split != TRAIN:
+                    more = f"; --{split} {self.shares[split]} is too small a share, or there are too few items"
                 raise ValueError(f"{', '.join(self.files.values())}: no row for {split!r}; rows: {rows_of}{more}")
         known = (TRAIN, VALIDATION, TEST)
         names = sorted(split for split in counts if counts[split])
-        return sorted(names, key=lambda name: known.index(name) if name in known else len(known)), sorted(targets)
+        names.sort(key=lambda name: known.index(name) if name in known else len(known))
+        return Survey(names, sorted(targets), same.pair, same.wordless)
 
     def entries(self, split: str) -> Iterator[Entry]:
         return (entry for _, own, entry in self._rows(split) if own == split)
@@ -147,5 +185,5 @@ class Table:
                 raise ValueError(f"{row.place}, column {column!r}: {path} cannot be read: {error.strerror}") from None
             name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.name)[:40]
             image = f"{name}-{hashlib.sha256(content).hexdigest()[:16]}"
-            self.images[path] = image, self.by_content.setdefault(image, str(path.resolve()))
+            self.images[path] = image, self.by_content.setdefault(image, os.path.abspath(path))
         return self.images[path]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hyperpelt_ds.tasks.task import check_text
 from parts.hub import local
 
 csv.field_size_limit(1 << 30)  # its own limit of 128 KB is that of a long document
@@ -33,6 +34,7 @@ class Row:
         value = self.value(column)
         if not isinstance(value, str):
             raise ValueError(f"{self.place}, column {column!r}: expected a text, got {_kind(value)}")
+        check_text(f"{self.place}, column {column!r}:", value)
         return value
 
     def filled(self, column: str) -> str:
@@ -63,17 +65,22 @@ class Row:
 
 
 def rows(pattern: str) -> Iterator[Row]:
-    """The rows of a file, or of all files that a pattern with * stands for, in the order of their names.
+    """The rows of a file, or of all files that a pattern stands for, one file after the other.
 
     Raises ValueError naming the file, and the line where it has them, for what cannot be read.
     """
-    for path in [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern)):
+    for path in found(pattern):
         yield from _READERS[_suffix(path)](Path(path))
+
+
+def found(pattern: str) -> list[str]:
+    """The file, or all that a pattern stands for: * within a name, ** any folders. In the order of their names."""
+    return [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
 
 
 def check(flag: str, pattern: str) -> None:
     """Raises ValueError if there is no such file, or one of no known kind."""
-    paths = [pattern] if Path(pattern).is_file() else glob.glob(pattern)
+    paths = found(pattern)
     if not paths:
         raise ValueError(f"--{flag} {pattern}: no such file")
     for path in paths:
@@ -117,7 +124,7 @@ def _separated(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    for number, values in local([str(path)], str(path)):
+    for number, values in local([glob.escape(str(path))], str(path)):
         yield Row(f"{path}, row {number + 1}", path.parent, values)
 
 

@@ -198,7 +198,8 @@ def index_shard(tar: Path) -> Index:
     """Indexes an existing tar by reading it once.
 
     Raises ValueError naming the shard (and key) for a tar that is damaged or cut, a key that comes twice, members of
-    one key that are not adjacent (webdataset would make two broken samples of them), bad JSON, and no samples at all.
+    one key that are not adjacent (webdataset would make two broken samples of them), links, bad JSON, and no samples at
+    all.
     """
     with tar.open("rb") as file:
         return index_file(file, str(tar))
@@ -216,6 +217,11 @@ def index_file(file: BinaryIO, name: str) -> Index:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep them all
                 if member.isreg():
                     scan.add(member)
+                elif member.islnk() or member.issym():
+                    raise ValueError(
+                        f"shard {name}: member {member.name} is a link to {member.linkname}, which readers would "
+                        "leave out; GNU tar stores the files themselves with --dereference --hard-dereference"
+                    )
             end = archive.offset
     except tarfile.TarError as error:
         raise ValueError(f"shard {name}: damaged or cut, or not an uncompressed tar: {error}") from None

@@ -133,11 +133,9 @@ def thinned(points: Sequence[Point], limit: int = _DRAWN) -> list[Point]:
 def smoothed(points: Sequence[Point]) -> list[Point]:
     """Each point's mean with its neighbours, a thirtieth of all on either side."""
     half = max(2, len(points) // 30)
-    means = []
-    for i, (step, _) in enumerate(points):
-        near = points[max(0, i - half) : i + half + 1]
-        means.append((step, sum(value for _, value in near) / len(near)))
-    return means
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    ends = [(max(0, i - half), min(i + half + 1, len(points))) for i in range(len(points))]
+    return [(step, (sums[b] - sums[a]) / (b - a)) for (step, _), (a, b) in zip(points, ends, strict=True)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

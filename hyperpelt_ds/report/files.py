@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hyperpelt_ds import lines
 from hyperpelt_ds.train.outcome import DONE, STATUS, read_status
 
 CONFIG, ENVIRONMENT, METRICS, RESULTS = "config.json", "environment.json", "metrics.jsonl", "results.json"
+LOOKS = 20
+"""So many of the newest looks at the model are read."""
 _SIGNS = CONFIG, METRICS, STATUS, RESULTS
 """A folder with none of these is no run."""
 
@@ -31,9 +34,9 @@ class Checkpoint:
 class RunFiles:
     """A run as its files tell it; each field is empty (or None) if its file is not there.
 
-    `lines` are those of metrics.jsonl, `observations` and `samples` as docs/monitoring.md has them, `holes` those of
-    all ranks, in order of steps. `parameters` are trainable ones by the part of the model that they belong to, from the
-    header of the newest weights.
+    `lines` are those of metrics.jsonl, `observations` (the newest) and `samples` as docs/monitoring.md has them,
+    `holes` those of all ranks, in order of steps. `parameters` are trainable ones by the part of the model that they
+    belong to, from the header of the newest weights.
     """
 
     folder: Path
@@ -80,7 +83,7 @@ def read(run_dir: str | Path) -> RunFiles:
     if not any((folder / name).is_file() for name in _SIGNS):
         what = f"has none of {', '.join(_SIGNS)}" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} is no run's folder: it {what}")
-    holes = [hole for file in sorted(folder.glob("holes/rank_*.jsonl")) for hole in read_lines(file)]
+    holes = [hole for file in sorted(folder.glob("holes/rank_*.jsonl")) for hole in lines.read(file)]
     newest = _newest(folder)
     weights = [folder / "best"] if newest is None else [folder / newest.name, folder / "best"]
     return RunFiles(
@@ -89,17 +92,17 @@ def read(run_dir: str | Path) -> RunFiles:
         read_json(folder / ENVIRONMENT) or {},
         read_status(folder),
         (folder / DONE).is_file(),
-        read_lines(folder / METRICS),
+        lines.read(folder / METRICS),
         read_json(folder / RESULTS),
         read_json(folder / "best" / "score.json"),
         newest,
         next(filter(None, map(_parameters, weights)), {}),
         sorted(holes, key=lambda hole: hole["step"]),
-        read_lines(folder / "bad_steps.jsonl"),
+        lines.read(folder / "bad_steps.jsonl"),
         read_json(folder / "rollback.json"),
         {file.name: file.read_text(errors="replace") for file in sorted(folder.glob("stack_*.txt"))},
-        read_lines(folder / "observations.jsonl"),
-        read_lines(folder / "samples.jsonl"),
+        lines.newest(folder / "observations.jsonl", LOOKS),
+        lines.read(folder / "samples.jsonl"),
     )
 
 
@@ -111,19 +114,6 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of lines, without a last one that is not yet whole; none if there is no file."""
-    if not file.is_file():
-        return []
-    found = []
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number} cannot be read: {error}") from None
-    return found
 
 
 def _newest(folder: Path) -> Checkpoint | None:

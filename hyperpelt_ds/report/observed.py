@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from hyperpelt_ds.report.chart import TONES, matrix
+from hyperpelt_ds.report.files import LOOKS
 from hyperpelt_ds.report.html import Html, join, number, tag
 from hyperpelt_ds.report.shown import Shown
 
-_LOOKS = 20
-"""Gradients and shares of attention are of one step's samples: shown are means over the newest so many looks."""
 _EACH = 4
 """Answers that are shown of each task."""
 _THUMBNAIL = 256
@@ -49,7 +48,7 @@ def maps(runs: Sequence[Shown]) -> Html | None:
     said = (
         f"The newest look: {steps}. Cosines: 1 is the same direction, 0 nothing in common, below 0 opposed. Gradients "
         f"below 0 are tasks in conflict: what helps one harms the other. They and shares of attention are means over "
-        f"the last {_LOOKS} looks. "
+        f"the last {LOOKS} looks. "
         "A cell is empty where no look could tell."
     )
     parts: list[Html] = []
@@ -83,20 +82,26 @@ def examples(runs: Sequence[Shown]) -> Html | None:
 
 
 def _maps(looks: Sequence[Mapping[str, Any]]) -> dict[str, Map]:
-    """Title -> map, of the newest look, or of the newest looks that had the same tasks."""
+    """Title -> map, of the newest look; gradients and shares of attention, which are of one step's samples, as means
+    over those of the looks that had the same tasks."""
     last = looks[-1]
     tasks, weights = last["tasks"], last.get("weights", {})
-    near = [look for look in looks[-_LOOKS:] if look["tasks"] == tasks]
+    near = [look for look in looks if look["tasks"] == tasks]
     gradients = [look["gradients"] for look in near if "gradients" in look]
     kinds = list(dict.fromkeys(kind for found in gradients for kind in found))
     drawn = {
         f"hyper-embeddings ({condition}), cosine": Map(tasks, tasks, found["cosines"])
         for condition, found in last.get("hyper_embeddings", {}).items()
     }
-    drawn |= {f"{kind} weights, cosine": Map(tasks, tasks, found["cosines"]) for kind, found in weights.items()}
+    drawn |= {
+        f"{kind} weights, cosine": Map(tasks, tasks, found["cosines"])
+        for kind, found in weights.items()
+        if "cosines" in found
+    }
     for kind in kinds:
-        cosines = mean([found[kind]["cosines"] for found in gradients if kind in found])
-        drawn[f"{kind} gradients, cosine"] = Map(tasks, tasks, cosines)
+        cosines = [found[kind]["cosines"] for found in gradients if "cosines" in found.get(kind, {})]
+        if cosines:
+            drawn[f"{kind} gradients, cosine"] = Map(tasks, tasks, mean(cosines))
     if kinds:
         norms = [mean([[found[kind]["norms"]] for found in gradients if kind in found])[0] for kind in kinds]
         drawn["gradients, norm"] = Map(tasks, kinds, _turned(norms), bounded=False)

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyperpelt_ds.report.files import RunFiles, read_json
+from hyperpelt_ds.report.files import RunFiles
 from hyperpelt_ds.report.html import duration
 from hyperpelt_ds.train import outcome
 from hyperpelt_ds.train.supervision import PROCESSES, running_here
@@ -94,7 +94,8 @@ def remaining(run: RunFiles) -> float | None:
 
 def hosts(run_dir: Path) -> set[str]:
     """The machines that the run's processes were recorded on."""
-    return {read_json(file)["host"] for file in run_dir.glob(f"{PROCESSES}/rank_*.json")}
+    found = map(outcome.read_small, run_dir.glob(f"{PROCESSES}/rank_*.json"))
+    return {process["host"] for process in found if process is not None}
 
 
 def _running(run: RunFiles, ago: str) -> State:

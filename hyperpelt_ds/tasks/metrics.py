@@ -21,7 +21,7 @@ import sklearn.metrics
 from pycocoevalcap.cider.cider import Cider
 
 from hyperpelt_ds.contracts import Sample
-from hyperpelt_ds.tasks.task import Task, check_target, normalise
+from hyperpelt_ds.tasks.task import NUMERIC, Task, check_target, normalise
 from hyperpelt_ds.tasks.vqa_accuracy import PEOPLE_FOR_CERTAIN, vqa_accuracy
 
 UNREADABLE = -1.0
@@ -173,6 +173,23 @@ def number(text: str) -> float:
     except ValueError:
         return UNREADABLE
     return value if math.isfinite(value) else UNREADABLE
+
+
+def check_answer(metrics: Sequence[str], target: str, references: Sequence[str]) -> None:
+    """Raises ValueError for a stored target or references that one of the metrics cannot compare with."""
+    numeric = [name for name in NUMERIC if name in metrics]
+    if numeric:
+        try:
+            readable = math.isfinite(float(target))
+        except ValueError:
+            readable = False
+        if not readable:
+            raise ValueError(f"metric {numeric[0]!r} compares numbers, such as 3.5, got {target!r}")
+    if "vqa_accuracy" in metrics and len(references) <= PEOPLE_FOR_CERTAIN:
+        raise ValueError(
+            f"metric 'vqa_accuracy' compares with the answers of many people, more than {PEOPLE_FOR_CERTAIN}, got "
+            f"{len(references)} references"
+        )
 
 
 def _vqa_rows(task: Task, predictions: Sequence[str], samples: Sequence[Sample]) -> Rows:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hyperpelt_ds.tasks.task import Example, Task, normalise
+from hyperpelt_ds.tasks.task import NUMERIC, Example, Task, normalise
 
 DEFAULT = ("exact_match",)
-_CLASSES, _NUMBERS = ("accuracy", "f1", "mcc"), ("pearson", "spearman")
+_CLASSES = ("accuracy", "f1", "mcc")
+WORDS, EXACT = "words", "exact"
 
 
 def _as_it_is(example: Example) -> tuple[str, str]:
@@ -26,12 +27,15 @@ def task(
     labels: Sequence[str] = (),
     description: str = "",
     has_images: bool = False,
+    compare: str = "",
 ) -> Task:
     """The record of a task whose sources and targets are a table's texts as they are.
 
     metrics: names of metrics.METRICS. labels: the closed set of targets, for metrics of classes; of two, the second is
-    the positive one. Answers are compared as words, in lower case; as they are, if labels would then be the same or
-    none. Raises ValueError for an unknown metric, one that needs labels where there are none, and a label given twice.
+    the positive one. compare: how answers are compared: WORDS leaves out case and all that is no letter or digit, EXACT
+    only the spaces around; words if left out, but exact for numbers and if labels would else be the same or none.
+    Raises ValueError for an unknown metric, one that needs labels where there are none, a label given twice, and labels
+    that words do not tell apart.
     """
     from hyperpelt_ds.tasks.metrics import METRICS  # takes seconds to import, and most processes know no such task
 
@@ -45,7 +49,11 @@ def task(
     if not metrics or len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
         raise ValueError(f"task {name!r}: expected at least one metric, and labels that differ, got {list(labels)}")
     words = {normalise(label) for label in labels} - {""}
-    plain = len(words) < len(labels) or any(metric in _NUMBERS for metric in metrics)
+    if compare not in ("", WORDS, EXACT):
+        raise ValueError(f"task {name!r}: answers are compared as {WORDS} or {EXACT}, not {compare!r}")
+    if compare == WORDS and len(words) < len(labels):
+        raise ValueError(f"task {name!r}: some of its labels are the same, or nothing, as words; compare them {EXACT}")
+    plain = compare == EXACT or (not compare and (len(words) < len(labels) or any(m in NUMERIC for m in metrics)))
     return Task(
         name,
         "vision" if has_images else "text",
@@ -65,6 +73,7 @@ def fields(record: Task) -> dict[str, Any]:
         "labels": list(record.labels),
         "description": record.description,
         "has_images": record.modality == "vision",
+        "compare": WORDS if record.parse is normalise else EXACT,
     }
 
 

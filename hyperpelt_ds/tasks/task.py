@@ -21,6 +21,10 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
+NUMERIC = ("pearson", "spearman")
+"""The metrics that compare numbers."""
+
+
 @dataclass(frozen=True)
 class Task:
     """`about` says in one line what is asked, where the data comes from and under whose terms.
@@ -70,6 +74,14 @@ def classify(*fields: str, classes: int, label: str = "label") -> Callable[[Exam
         return None if target is None else (prompt(example, fields), target)
 
     return render
+
+
+def check_text(what: str, text: str) -> None:
+    """Raises ValueError for half a character (a lone surrogate, as cut JSON has them), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} holds half a character, {text[error.start]!r}, in {text[:60]!r}") from None
 
 
 def check_target(task: Task, key: str, target: str) -> None:

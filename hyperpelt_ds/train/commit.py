@@ -64,13 +64,13 @@ def recover(folder: Path) -> None:
 def tidy(parent: Path) -> None:
     """Removes the folders that a killed process was writing or removing; nobody may be doing so now."""
     for remains in (*parent.glob("*.partial/"), *parent.glob("*.trash/")):
-        shutil.rmtree(remains)
+        shutil.rmtree(remains, ignore_errors=True)  # on NFS a file that somebody reads keeps its folder
 
 
 def remove(folder: Path) -> None:
     """Takes the name first, so that what is half removed has none."""
     folder.rename(_trash(folder))
-    shutil.rmtree(_trash(folder))
+    shutil.rmtree(_trash(folder), ignore_errors=True)  # what is left, `tidy` takes
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
-from hyperpelt_ds import dist
-from hyperpelt_ds.train.metrics import drop_after
+from hyperpelt_ds import dist, lines
+from hyperpelt_ds.train import outcome
 from hyperpelt_ds.train.outcome import NotFinite
 
 BAD_STEPS = "bad_steps.jsonl"
@@ -87,7 +87,7 @@ class BadSteps:
         self._lines = run_dir / BAD_STEPS
         found: tuple[int, tuple[int, int] | None] = 0, None
         if dist.rank() == 0:
-            drop_after(self._lines, step)
+            lines.drop_after(self._lines, step)
             count = len(self._lines.read_text().splitlines()) if self._lines.is_file() else 0
             rollback = run_dir / ROLLBACK
             found = count, tuple(json.loads(rollback.read_text())["samples"]) if rollback.is_file() else None
@@ -131,7 +131,8 @@ class BadSteps:
         size = samples[1] - samples[0]
         left_out = max(0, samples[1] - 2 * self.in_a_row * size), samples[1]
         if dist.rank() == 0:
-            (self._folder / ROLLBACK).write_text(json.dumps({"from_step": step, "samples": left_out}) + "\n")
+            why = lines.newest(self._lines, self.in_a_row)  # those lines go, with the steps that are taken again
+            outcome.write_small(self._folder / ROLLBACK, {"from_step": step, "samples": left_out, "bad_steps": why})
         dist.barrier()
         log.warning("%s: going back, samples %d to %d of the run are left out", text, left_out[0], left_out[1] - 1)
         raise RollBack

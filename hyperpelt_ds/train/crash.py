@@ -54,6 +54,7 @@ def _report(folder: Path, rank: int, began: float, error: BaseException, trace: 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"trace_{rank}.txt"
     file.write_text(f"{summary}\n\n{own}")
+    began += file.stat().st_mtime - time.time()  # to the clock of the file server, which says when CAUSE was made
     lost = _lost_a_peer(trace)
     if (lost and _word_of_another(folder / CAUSE, began)) or not _claim(folder / CAUSE, summary, began):
         return

@@ -12,7 +12,7 @@ import numpy as np
 
 from hyperpelt_ds.train import figures, samples
 from hyperpelt_ds.train.metrics import SAMPLES, Writer
-from hyperpelt_ds.train.observation import Observation
+from hyperpelt_ds.train.observation import MATRIX_TASKS, Observation
 from hyperpelt_ds.train.samples import Answer
 
 
@@ -40,7 +40,9 @@ def show_answers(
 def _figures(seen: Observation) -> dict[str, np.ndarray]:
     record, at = seen.record, f"step {seen.step}"
     tasks = record["tasks"]
-    found = {}
+    found: dict[str, np.ndarray] = {}
+    if len(tasks) > MATRIX_TASKS:  # thousands of pixels a side, and minutes to draw
+        return found
     for kind, of in record.get("gradients", {}).items():
         title = f"gradients of {kind} weights: cosine between tasks, {at}"
         found[f"gradients/cosine_{kind}"] = figures.heat_map(title, tasks, tasks, of["cosines"], signed=True)

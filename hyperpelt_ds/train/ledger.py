@@ -12,10 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from hyperpelt_ds import dist
+from hyperpelt_ds import dist, lines
 from hyperpelt_ds.config import DataConfig
 from hyperpelt_ds.contracts import Hole
-from hyperpelt_ds.train.metrics import drop_after
 
 FOLDER = "holes"
 
@@ -32,7 +31,7 @@ class Ledger:
         earlier = 0
         if dist.rank() == 0:
             for file in sorted(self._folder.glob("rank_*.jsonl")):
-                drop_after(file, step)
+                lines.drop_after(file, step)
                 earlier += len(file.read_text().splitlines())
         self._earlier = dist.gather(earlier)[0]
         self._own: list[Hole] = []  # of this process's steps

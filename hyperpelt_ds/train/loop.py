@@ -42,7 +42,7 @@ from hyperpelt_ds.train import (
 from hyperpelt_ds.train.checkpoint import Progress, Saver
 from hyperpelt_ds.train.control import RollBack
 from hyperpelt_ds.train.engine import Engine
-from hyperpelt_ds.train.watchdog import Watchdog
+from hyperpelt_ds.train.watchdog import START, Watchdog
 
 log = dist.logger(__name__)
 
@@ -68,6 +68,7 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
     """
     folder = Path(run_dir)
     claim(folder, resume)
+    outcome.begin(folder)
     with Watchdog(folder, config.train) as watchdog:
         if dist.local_rank() == 0 and not torch.distributed.is_initialized():
             supervision.take_over(folder, log.warning)
@@ -119,6 +120,8 @@ def _train(ready: Ready, folder: Path, watchdog: Watchdog) -> HyperPELT:
     agreement.check_shared(folder)
     supervision.record_process(folder, dist.rank())
     if dist.rank() == 0:
+        (folder / outcome.START).unlink(missing_ok=True)  # all have read it, and it is no other start's
+        supervision.forget_processes(folder, dist.world_size())
         (folder / outcome.DONE).unlink(missing_ok=True)
         configuration.save(config, folder / "config.json")
         identity = {
@@ -132,16 +135,20 @@ def _train(ready: Ready, folder: Path, watchdog: Watchdog) -> HyperPELT:
         if decided is not None:
             transfer.write_decisions(folder, decided)
         (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
+
+    def finish() -> None:
+        if config.transfer.train == "embeddings" and dist.rank() == 0:
+            for file in transfer.write_task_files(folder, model, config):
+                log.info("%s: %d bytes, to be added to %s", file, file.stat().st_size, config.transfer.init_from)
+
     try:
-        steps.take(run, saved or Progress(0, run.stream.state()))
+        steps.take(run, saved or Progress(0, run.stream.state()), finish)
     except RollBack:  # at most once in a run
+        watchdog.enter(START)
         saved = _resume(folder, wrapped, config, backbone)
         assert saved is not None
         again = dataclasses.replace(run, stream=stream(ready, saved), saver=Saver(folder, config, backbone))
-        steps.take(again, saved)
-    if config.transfer.train == "embeddings" and dist.rank() == 0:
-        for file in transfer.write_task_files(folder, model, config):
-            log.info("%s: %d bytes, to be added to %s", file, file.stat().st_size, config.transfer.init_from)
+        steps.take(again, saved, finish)
     return model
 
 

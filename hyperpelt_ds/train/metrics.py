@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from hyperpelt_ds import dist
+from hyperpelt_ds import dist, lines
 from hyperpelt_ds.contracts import Batch
 from hyperpelt_ds.train.engine import Monitor
 
@@ -49,6 +49,8 @@ TENSORBOARD = "tensorboard"
 LINES = "metrics.jsonl"
 OBSERVATIONS, SAMPLES = "observations.jsonl", "samples.jsonl"
 PROJECTOR = "projector"
+
+log = dist.logger(__name__)
 
 
 class Window:
@@ -138,33 +140,36 @@ class Writer:
     def __init__(self, run_dir: Path, step: int, monitor: Monitor | None = None):
         self._board: SummaryWriter | None = None
         self._folder, self._monitor = run_dir, monitor
+        self._full: set[str] = set()
         self.validated = 0
         """The last step whose validation was written; on rank 0."""
         if dist.rank() == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             for name in (LINES, OBSERVATIONS, SAMPLES):
-                drop_after(run_dir / name, step)
+                lines.drop_after(run_dir / name, step)
             if (run_dir / LINES).is_file():
-                lines = map(json.loads, (run_dir / LINES).read_text().splitlines())
-                self.validated = max((line["step"] for line in lines if "eval/mean" in line), default=0)
+                with (run_dir / LINES).open("rb") as written:
+                    validated = (json.loads(line)["step"] for line in written if b'"eval/mean"' in line)
+                    self.validated = max(validated, default=0)
             self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Scalars by their names."""
         if self._board is None:
             return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        with self._room_for(TENSORBOARD):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
         self.append(LINES, [{"step": step, "time": time.time(), **values}])
         if self._monitor is not None:
             self._monitor(step, values)
 
-    def append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    def append(self, name: str, added: Sequence[Mapping[str, Any]]) -> None:
         """Lines for one of the run's files of lines; each has its step."""
         if self._board is not None:
-            with (self._folder / name).open("a") as file:
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            with self._room_for(name), (self._folder / name).open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in added))
 
     def show(
         self,
@@ -176,13 +181,14 @@ class Writer:
         """Numbers (any shape) as histograms, images (height, width, 3) uint8, and texts in Markdown."""
         if self._board is None:
             return
-        for name, numbers in (histograms or {}).items():
-            self._board.add_histogram(name, numbers, step)
-        for name, image in (images or {}).items():
-            self._board.add_image(name, image, step, dataformats="HWC")
-        for name, text in (texts or {}).items():
-            self._board.add_text(name, text, step)
-        self._board.flush()
+        with self._room_for(TENSORBOARD):
+            for name, numbers in (histograms or {}).items():
+                self._board.add_histogram(name, numbers, step)
+            for name, image in (images or {}).items():
+                self._board.add_image(name, image, step, dataformats="HWC")
+            for name, text in (texts or {}).items():
+                self._board.add_text(name, text, step)
+            self._board.flush()
 
     def project(self, name: str, columns: Sequence[str], labels: Sequence[Sequence[str]], points: np.ndarray) -> None:
         """Points (N, d) for the embedding projector, each with words under `columns`, in place of those of this name.
@@ -191,17 +197,31 @@ class Writer:
         """
         if self._board is None:
             return
-        board = self._folder / TENSORBOARD
-        (board / PROJECTOR).mkdir(exist_ok=True)
-        (board / PROJECTOR / f"{name}.tsv").write_text(_tsv(points.tolist()))
-        header = [columns] if len(columns) > 1 else []  # the projector takes a single column's first line for a label
-        (board / PROJECTOR / f"{name}_labels.tsv").write_text(_tsv([*header, *labels]))
-        names = sorted(path.stem for path in (board / PROJECTOR).glob("*.tsv") if not path.stem.endswith("_labels"))
-        (board / "projector_config.pbtxt").write_text("".join(_PROJECTED.format(name=name) for name in names))
+        with self._room_for(TENSORBOARD):
+            board = self._folder / TENSORBOARD
+            (board / PROJECTOR).mkdir(exist_ok=True)
+            (board / PROJECTOR / f"{name}.tsv").write_text(_tsv(points.tolist()))
+            header = (
+                [columns] if len(columns) > 1 else []
+            )  # the projector takes a single column's first line for a label
+            (board / PROJECTOR / f"{name}_labels.tsv").write_text(_tsv([*header, *labels]))
+            names = sorted(path.stem for path in (board / PROJECTOR).glob("*.tsv") if not path.stem.endswith("_labels"))
+            (board / "projector_config.pbtxt").write_text("".join(_PROJECTED.format(name=name) for name in names))
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            with self._room_for(TENSORBOARD):
+                self._board.close()
+
+    @contextmanager
+    def _room_for(self, what: str) -> Iterator[None]:
+        """Around writing, which a full disk does not let end the run; it is said once."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._full:
+                log.warning("%s: %s lacks figures from here on: %s", self._folder, what, error)
+            self._full.add(what)
 
 
 _PROJECTED = """embeddings {{
@@ -214,18 +234,6 @@ _PROJECTED = """embeddings {{
 
 def _tsv(rows: Sequence[Sequence[object]]) -> str:
     return "".join("\t".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row) + "\n" for row in rows)
-
-
-def drop_after(lines: Path, step: int) -> None:
-    """Keeps the lines up to `step`; a half-written last line goes as well."""
-    if not lines.is_file():
-        return
-    kept = []
-    for line in lines.read_bytes().split(b"\n")[:-1]:  # bytes: answers hold other ends of lines and cut characters
-        if json.loads(line)["step"] > step:
-            break
-        kept.append(line + b"\n")
-    lines.write_bytes(b"".join(kept))
 
 
 def _memory() -> float:

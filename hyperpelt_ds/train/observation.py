@@ -26,6 +26,9 @@ from hyperpelt_ds.train.watch import Watch, block_name, branches_by_task, module
 SHOWN = 2**14
 """Numbers that a histogram is made of, evenly spaced among what there is."""
 
+MATRIX_TASKS = 50
+"""With more trained tasks nothing is kept or drawn for every pair of them: nobody could read it, and it grows fast."""
+
 Matrix = list[list[float | None]]
 
 
@@ -74,7 +77,8 @@ def look(
     for kind, product in products.items():
         own = product[tasks][:, tasks].double().cpu()
         cosines = _cosines(own)
-        gradients[kind] = {"norms": [norm or None for norm in _known(own.diagonal().sqrt())], "cosines": cosines}
+        norms = [norm or None for norm in _known(own.diagonal().sqrt())]
+        gradients[kind] = {"norms": norms, **_matrix(cosines)}
         pairs = [value for i, row in enumerate(cosines) for value in row[:i] if value is not None]
         if pairs:
             scalars[f"gradient_cosine/{kind}"] = sum(pairs) / len(pairs)
@@ -157,15 +161,15 @@ class _Made:
                     rows = part.transpose(0, 1).flatten(1).float()
                     products[kind] = products.get(kind, 0.0) + rows @ rows.mT
         return {
-            kind: {"norms": [_known(row) for row in own.sqrt()], "cosines": _cosines(products[kind])}
+            kind: {"norms": [_known(row) for row in own.sqrt()], **_matrix(_cosines(products[kind]))}
             for kind, own in squares.items()
         }
 
     def hyper_cosines(self) -> dict[str, Any]:
         found = {}
-        for name in self._task_conditions():
+        for name in self._task_conditions() if len(self.names) <= MATRIX_TASKS else ():
             rows = torch.cat([hyper.transpose(0, 1).flatten(1) for hyper in self._hyper(name)], 1).float()
-            found[name] = {"cosines": _cosines(rows @ rows.mT)}
+            found[name] = _matrix(_cosines(rows @ rows.mT))
         return found
 
     def numbers(self) -> dict[str, np.ndarray]:
@@ -250,6 +254,11 @@ def _cosines(products: Tensor) -> Matrix:
     sizes = products.diagonal().sqrt()
     cosines = (products / sizes.outer(sizes)).clamp(-1, 1)
     return [_known(row) for row in cosines]
+
+
+def _matrix(cosines: Matrix) -> dict[str, Matrix]:
+    """The entry of a record, if there are few enough tasks."""
+    return {"cosines": cosines} if len(cosines) <= MATRIX_TASKS else {}
 
 
 def _known(values: Sequence[float] | Tensor) -> list[float | None]:

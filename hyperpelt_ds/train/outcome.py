@@ -11,11 +11,15 @@ import json
 import os
 import socket
 import time
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 STATUS = "STATUS.json"
 DONE = "DONE"
+START, TAKEN = "START.json", "TAKEN.json"
+"""The name that a supervisor gives the start that it begins, and the name of a start that ended another one."""
 
 RUNNING, FINISHED, FAILED, HUNG = "running", "finished", "failed", "hung"
 HUNG_CODE = 70
@@ -54,17 +58,50 @@ class Diverged(Stopped):
     code, state = 67, "diverged"
 
 
+def begin(run_dir: Path) -> bool:
+    """Names this start of the run, by what a supervisor left in run_dir/START, if it did, else by chance; whether it
+    did. Every rank calls it. Two starts may be there at once, the second ending the first, and what one says is not
+    the other's word."""
+    given = read_small(run_dir / START)
+    _start["name"] = str(given["start"]) if given else uuid.uuid4().hex
+    return given is not None
+
+
+def start_name() -> str:
+    """That of this process's start; "" before `begin`."""
+    return _start.get("name", "")
+
+
+_start: dict[str, str] = {}
+
+
 def write_status(run_dir: Path, state: str, step: int, code: int | None = None) -> None:
     """Replaces run_dir/STATUS.json; for rank 0 only."""
     status = {"state": state, "step": step, "code": code, "time": time.time()}
-    status |= {"pid": os.getpid(), "host": socket.gethostname()}
-    partial = run_dir / f"{STATUS}.{os.getpid()}"
-    partial.write_text(json.dumps(status) + "\n")
-    os.replace(partial, run_dir / STATUS)
+    status |= {"pid": os.getpid(), "host": socket.gethostname(), "start": start_name()}
+    write_small(run_dir / STATUS, status)
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """What `write_status` wrote last: state, step, code, time, pid, host; None if there is nothing."""
-    file = run_dir / STATUS
-    status: dict[str, Any] | None = json.loads(file.read_text()) if file.is_file() else None
-    return status
+    """What `write_status` wrote last: state, step, code, time, pid, host, start; None if there is nothing, or nothing
+    that can be read."""
+    return read_small(run_dir / STATUS)
+
+
+def write_small(path: Path, content: Mapping[str, Any]) -> None:
+    """Replaces a file; also a machine that loses its power leaves the old one or the new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with partial.open("w") as file:
+        file.write(json.dumps(content) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_small(path: Path) -> dict[str, Any] | None:
+    """A small file's content; None if it is not there or, on a file server in trouble, cannot be read just now."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

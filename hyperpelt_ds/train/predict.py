@@ -6,6 +6,7 @@ This file must not know whether an answer is right, nor what a leaderboard wants
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 
 from hyperpelt_ds import dist
 from hyperpelt_ds.contracts import Sample
+from hyperpelt_ds.data.index import replace
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.data.reader import Reader
 from hyperpelt_ds.model import Predictor, load
 from hyperpelt_ds.tasks import needs_image
+from hyperpelt_ds.tasks.task import check_text
 from hyperpelt_ds.train import engine
 from hyperpelt_ds.train.answering import Ask, answers, asker, known_tasks, load_manifest, split_samples
 from hyperpelt_ds.train.submissions import FORMATS
@@ -55,15 +58,19 @@ def predict(
         samples, damaged = _stored(manifest, names, split)
         ask = asker(run, Reader(manifest))
     FORMATS[form].check([*samples, *damaged])
+    try:  # answering may take hours
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"--out {out}: no folder that can be written to: {error.strerror}") from None
     before = run.collator.truncated
     answered = answers(samples, ask, run.config.eval.batch_size, run.model.backbone.own_pace())
     found = [*answered, *[None] * len(damaged)]
     samples, texts = [*samples, *damaged], [text or "" for text in found]
     truncated = sum(dist.gather(run.collator.truncated - before))
     if dist.rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
         for name, content in FORMATS[form].files(samples, texts, split).items():
-            (out / name).write_text(content)
+            replace(out / name, content.encode())
             log.info("wrote %s", out / name)
         blind = [f"{s.task}/{s.key}" for s, text in zip(samples, found, strict=True) if text is None]
         if blind:
@@ -79,7 +86,8 @@ def read_lines(path: Path, run: Predictor, task: str | None) -> list[Sample]:
 
     A line is an object with `source` (or `text`), `task` unless `task` is given here, `image` where the task needs one
     (relative paths start at the file's folder), and optionally `key`; other fields are left alone. A line without a key
-    is named by its place among the lines of its task, from 0. Raises ValueError naming file and line.
+    is named by its place among the lines of its task, from 0; null is as good as nothing. Raises ValueError naming file
+    and line.
     """
     samples: list[Sample] = []
     lines: dict[tuple[str, str], int] = {}
@@ -112,12 +120,15 @@ def _fields(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError('expected an object, for example {"task": "movie_sentiment", "source": "a good film"}')
+    fields = {name: value for name, value in fields.items() if value is not None}
     for name in ("task", "source", "text", "image"):
         if not isinstance(fields.get(name, ""), str):
             raise ValueError(f"field {name!r} must be a text, got {fields[name]!r}")
     key = fields.get("key", "")
     if not isinstance(key, str | int) or isinstance(key, bool):
         raise ValueError(f"field 'key' must be a text or a whole number, got {key!r}")
+    for name in ("source", "text", "key"):
+        check_text(f"field {name!r}", str(fields.get(name, "")))
     return fields
 
 

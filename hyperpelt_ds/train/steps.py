@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +53,8 @@ class Run:
     """Bytes that a rank sends in a step, where a formula says it."""
 
 
-def take(run: Run, progress: Progress) -> None:
-    """Trains from `progress` to the run's end, and says in STATUS.json how it went.
+def take(run: Run, progress: Progress, finish: Callable[[], None]) -> None:
+    """Trains from `progress` to the run's end, does what is to be done then, and says in STATUS.json how it went.
 
     Raises, on every rank, Stopped if they leave before the end, after a checkpoint where that makes sense; and RollBack
     if the newest checkpoint is to be loaded first.
@@ -64,11 +64,14 @@ def take(run: Run, progress: Progress) -> None:
         steps = _Steps(run, progress, control)
         try:
             steps.take_all(batches)
+            run.watchdog.enter(SAVE)
             run.saver.close()
+            finish()
             state, code = outcome.FINISHED, 0
         except Stopped as stop:
             if stop.saves:
                 steps.save()
+            run.watchdog.enter(SAVE)
             run.saver.close(needed=stop.saves)
             state, code = stop.state, stop.code
             raise
@@ -165,7 +168,10 @@ class _Steps:
 
     def _say(self, state: str, code: int | None = None) -> None:
         if dist.rank() == 0:
-            outcome.write_status(self.run.folder, state, self.progress.step, code)
+            try:
+                outcome.write_status(self.run.folder, state, self.progress.step, code)
+            except OSError as error:  # of a full disk, for example: no reason to end
+                log.warning("%s: %s could not be written: %s", self.run.folder, outcome.STATUS, error)
 
     def _next(self, batches: Iterator[list[Batch]]) -> tuple[list[Batch], int]:
         """The next step's micro-batches, and how many samples of its global batch can be used; or all ranks leave."""
@@ -210,6 +216,7 @@ class _Steps:
 
     def _can_go_back(self) -> bool:
         """Whether there is a checkpoint, once what was begun is written, or was not: then the one before will do."""
+        self.run.watchdog.enter(SAVE)
         self.run.saver.wait()
         written = dist.gather((self.run.folder / checkpoint.LATEST).is_file())[0]
         return written and not self.run.config.data.plain

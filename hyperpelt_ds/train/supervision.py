@@ -8,12 +8,12 @@ Standard library only; it must not know DeepSpeed.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,10 +25,13 @@ PROCESSES = "processes"
 # Data, numerics and differing ranks need a human; 2 is what a command says of a wrong request.
 _FINAL = {outcome.DataFault.code, outcome.NotFinite.code, outcome.Diverged.code}
 _REFUSED = 2
-_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _LONGEST_WAIT = 300.0
-_TAKE_OVER_SECONDS = 60.0
+_TAKE_OVER_SECONDS = 300.0
 """A start that is taken over has so long for its step and a checkpoint."""
+_LAUNCHER_SECONDS = 10.0
+"""A launcher has so long to end what it started on other machines."""
+_LAST_SECONDS = 600.0
+"""A run that is done has so long to end: its monitors may have to send what they hold."""
 
 
 def record_process(run_dir: Path, rank: int) -> None:
@@ -37,9 +40,14 @@ def record_process(run_dir: Path, rank: int) -> None:
     folder = run_dir / PROCESSES
     folder.mkdir(parents=True, exist_ok=True)
     process = {"host": socket.gethostname(), "pid": os.getpid(), "start": began(os.getpid())}
-    partial = folder / f"rank_{rank}.partial"
-    partial.write_text(json.dumps(process) + "\n")
-    os.replace(partial, folder / f"rank_{rank}.json")
+    outcome.write_small(folder / f"rank_{rank}.json", process)
+
+
+def forget_processes(run_dir: Path, ranks: int) -> None:
+    """Removes the records of ranks that an earlier start had and one of so many `ranks` does not."""
+    for file in (run_dir / PROCESSES).glob("rank_*.json"):
+        if int(file.stem.removeprefix("rank_")) >= ranks:
+            file.unlink(missing_ok=True)
 
 
 def take_over(run_dir: Path, say: Callable[[str], None]) -> None:
@@ -49,6 +57,8 @@ def take_over(run_dir: Path, say: Callable[[str], None]) -> None:
     def left() -> list[int]:
         return [process for process in running_here(run_dir) if process != os.getpid()]
 
+    if left():  # for whoever supervises that start
+        outcome.write_small(run_dir / outcome.TAKEN, {"start": outcome.start_name(), "host": socket.gethostname()})
     for number, seconds in ((signal.SIGTERM, _TAKE_OVER_SECONDS), (signal.SIGKILL, 5.0)):
         for process in left():
             say(f"{number.name} to process {process}, which an earlier start of {run_dir} left on this machine")
@@ -60,7 +70,9 @@ def running_here(run_dir: Path) -> list[int]:
     """The recorded processes of this machine that are still running, by number."""
     found = []
     for file in sorted((run_dir / PROCESSES).glob("rank_*.json")):
-        process = json.loads(file.read_text())
+        process = outcome.read_small(file)
+        if process is None:
+            continue
         if process["host"] == socket.gethostname() and began(process["pid"]) == process["start"]:
             found.append(process["pid"])
     return found
@@ -81,12 +93,23 @@ class Supervisor:
         """`cycles` without a newer checkpoint end it. `wait` seconds, doubled for each such cycle, come before the next
         start. A run that was asked to stop has `grace` seconds for it."""
         self.command = [*command] if "--resume" in command else [*command, "--resume"]
-        self.run_dir, self.cycles, self.wait, self.grace, self.say = run_dir, cycles, wait, grace, say
+        self.run_dir, self.cycles, self.wait, self.grace, self._say = run_dir, cycles, wait, grace, say
         self._asked = False
+        self._start = ""
+        """The name of the start that this cycle began."""
+        hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # else nohup wants it to go on
+        self._signals = {signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hung_up else [])}
+
+    def say(self, text: str) -> None:
+        """To whoever still listens."""
+        with suppress(OSError):
+            self._say(text)
 
     def run(self) -> int:
         """The exit code of the last cycle: 0 if the run is done, else as outcome.py lists them."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGCHLD})  # they are waited for instead
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {*self._signals, signal.SIGCHLD}
+        )  # they are waited for instead
         try:
             return self._run(before)
         finally:
@@ -101,32 +124,51 @@ class Supervisor:
             reached = max(reached, saved)
             if code == 0 or self._asked or code in _FINAL or code == _REFUSED:
                 return code
+            if self._is_taken():
+                self.say("another start took the run over; leaving it to that one")
+                return code
             if idle >= self.cycles:
                 self.say(f"{idle} cycles without a newer checkpoint than that of step {reached}: giving up")
                 return code
             pause = min(self.wait * 2**idle, _LONGEST_WAIT)
             self.say(f"exit code {code}, checkpoint of step {reached}; next start in {pause:.0f} s")
-            if signal.sigtimedwait(_SIGNALS, pause) is not None:
+            if signal.sigtimedwait(self._signals, pause) is not None:
                 return outcome.Preempted.code
 
     def _cycle(self, mask: set[int | signal.Signals]) -> int:
-        (self.run_dir / outcome.STATUS).unlink(missing_ok=True)
+        for name in (outcome.STATUS, outcome.TAKEN):
+            (self.run_dir / name).unlink(missing_ok=True)
+        self._start = uuid.uuid4().hex
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        outcome.write_small(self.run_dir / outcome.START, {"start": self._start})
         child = subprocess.Popen(
             self.command,
             start_new_session=True,
             preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),  # else it would inherit the block
         )
         self.say(f"started {child.pid}: {' '.join(self.command)}")
+        try:
+            self._watch(child)
+        except BaseException:  # the run must not go on with nobody to look after it
+            self._ask(child)
+            _wait_until(lambda: _ended(child), self.grace)
+            raise
+        finally:
+            self._clear(child)
+            (self.run_dir / outcome.START).unlink(missing_ok=True)
+        return self._code(child.wait())
+
+    def _watch(self, child: subprocess.Popen[bytes]) -> None:
+        """Returns when the child has ended, or should have."""
         end = float("inf")
         while not _ended(child) and time.monotonic() < end:
-            got = signal.sigtimedwait({*_SIGNALS, signal.SIGCHLD}, 1.0)
-            if got is not None and got.si_signo in _SIGNALS and not self._asked:
+            got = signal.sigtimedwait({*self._signals, signal.SIGCHLD}, 1.0)
+            if got is not None and got.si_signo in self._signals and not self._asked:
                 self._asked, end = True, time.monotonic() + self.grace
                 self._ask(child)
-            elif end == float("inf") and self._told() is not None:  # a launcher may wait for a lost machine for ever
-                end = time.monotonic() + self.grace
-        self._clear(child)
-        return self._code(child.wait())
+            elif end == float("inf") and (told := self._told()) is not None:
+                # a launcher may wait for a lost machine for ever
+                end = time.monotonic() + (self.grace if told else max(self.grace, _LAST_SECONDS))
 
     def _ask(self, child: subprocess.Popen[bytes]) -> None:
         """A signal to one rank stops all, and lets the launcher see them end; before there is one, all are to go."""
@@ -148,12 +190,17 @@ class Supervisor:
         for process in running_here(self.run_dir):
             self.say(f"ending process {process}, which is left")
             _signal(process, signal.SIGKILL)
+        if not _ended(child):  # srun and pdsh end what runs elsewhere, given the time
+            os.killpg(child.pid, signal.SIGTERM)
+            _wait_until(lambda: _ended(child), _LAUNCHER_SECONDS)
         os.killpg(child.pid, signal.SIGKILL)
 
     def _saved(self) -> int:
         """The step of the newest checkpoint, -1 if there is none."""
-        file = self.run_dir / "LATEST"
-        return int(file.read_text().strip().rpartition("_")[2]) if file.is_file() else -1
+        try:
+            return int((self.run_dir / "LATEST").read_text().strip().rpartition("_")[2])
+        except (OSError, ValueError):
+            return -1
 
     def _code(self, returned: int) -> int:
         """What STATUS.json says, since launchers change codes and may even turn a death into 0."""
@@ -161,13 +208,25 @@ class Supervisor:
         if told is not None:
             return told
         if self._asked:
+            status = outcome.read_status(self.run_dir)
+            if status is not None:
+                reached = self._saved()
+                self.say(
+                    f"the run did not save within {self.grace:.0f} s (--grace); after the checkpoint of step {reached} "
+                    f"all is lost"
+                )
             return outcome.Preempted.code
         return returned if returned > 0 else 1
 
     def _told(self) -> int | None:
-        """The exit code in STATUS.json, where rank 0 says how it ended; None before."""
+        """The exit code in STATUS.json, where this start's rank 0 says how it ended; None before."""
         status = outcome.read_status(self.run_dir)
-        return None if status is None or status["code"] is None else int(status["code"])
+        return None if status is None or status["start"] != self._start else status["code"]
+
+    def _is_taken(self) -> bool:
+        """Whether a start that is not this cycle's has ended it, to go on itself."""
+        taken = outcome.read_small(self.run_dir / outcome.TAKEN)
+        return taken is not None and taken["start"] != self._start
 
 
 def _wait_until(true: Callable[[], bool], seconds: float) -> None:

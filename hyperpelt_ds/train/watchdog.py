@@ -27,6 +27,8 @@ from hyperpelt_ds.train import outcome
 START, STEP, SAVE, EVALUATION = "start", "step", "save", "evaluation"
 _SLOWEST = 20
 """A step may take so many times the median of the last ones, if that is more than its limit."""
+_TELL_SECONDS = 30.0
+"""So long may writing to the run's folder take."""
 _GRACE = 5.0
 """Seconds between writing and ending: ranks hang together, and the end of one would hide where the others stand."""
 
@@ -101,8 +103,12 @@ class Watchdog:
                 print(f"rank {dist.rank()}: its launcher, process {gone}, is gone", file=sys.stderr, flush=True)
 
     def _end(self, reason: str) -> None:
-        try:
-            self._tell(reason)
+        try:  # in a thread, since a file server that does not answer may be why nothing moves
+            teller = threading.Thread(target=self._tell, args=(reason,), daemon=True)
+            teller.start()
+            teller.join(_TELL_SECONDS)
+            if teller.is_alive():
+                faulthandler.dump_traceback(sys.stderr)
             time.sleep(_GRACE)
         finally:  # also if the disk is full, or nobody is left to read what is printed
             os._exit(outcome.HUNG_CODE)
