@@ -210,7 +210,8 @@ def test_a_run_that_diverges_goes_back_once_and_then_ends_with_66(start, config,
     assert child.wait(240) == 66, (tmp_path / "output0").read_text()[-4000:]
     status, rollback = outcome.read_status(run), json.loads((run / "rollback.json").read_text())
     assert (status["state"], status["code"], status["step"]) == ("numerics", 66, 7)
-    assert rollback == {"from_step": 4, "samples": [0, 32]} and latest(run) == 4
+    assert (rollback["from_step"], rollback["samples"]) == (4, [0, 32]) and latest(run) == 4
+    assert [line["step"] for line in rollback["bad_steps"]] == [2, 3, 4]
     lines = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4, 5, 6, 7]
     assert [line["reason"] for line in lines] == ["left out since the run went back"] * 3 + ["not finite"] * 3

@@ -83,5 +83,5 @@ if __name__ == "__main__":
     settings = configuration.load(sys.argv[-2]).override(["train.global_batch=4", "train.micro_batch=1"])
     for zero in range(4):
         check(settings, Path(sys.argv[-1]), zero)
-    dist.leave()
     print("held", flush=True)
+    dist.leave()
