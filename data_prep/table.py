@@ -123,7 +123,7 @@ def _training(task: str, manifest: Path, image: bool) -> str:
     lines = [
         "train on GPUs, with T5-base from the hub:",
         f"  deepspeed launch/train.py --recipe {'vl_t5_base' if image else 'glue_t5_base'} "
-        f"--ds_config ds_configs/zero2.json {given} train.steps=2000{vision}",
+        f"--ds_config ds_configs/zero2.json {given} train.steps=2000 train.warmup_steps=200{vision}",
         "or on CPUs, with the small backbone that data_prep/demo.py builds in data/demo:",
         "  deepspeed --num_accelerators 2 launch/train.py --recipe demo --ds_config ds_configs/zero2_cpu.json "
         f"{given} train.steps=200{vision or ' vision.encoder=null'}",

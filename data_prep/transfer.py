@@ -95,7 +95,8 @@ def transfer(
     about = {"source": source or {name: SETS[name].repository for name in names}, **about}
     following = (
         f"python launch/transfer.py --run_dir runs/glue_t5_base --new_task {names[0]} --out runs/few/{names[0]} "
-        f"--ds_config ds_configs/zero2.json --shots 16,100 data.manifest={Path(out) / 'manifest.json'}"
+        f"--ds_config ds_configs/zero2.json --shots 16,100 data.manifest={Path(out) / 'manifest.json'} "
+        "train.steps=200 train.warmup_steps=20 train.global_batch=16"
     )
     build(out, splits, about, shard_size, limit, following)
     if counts:

@@ -368,6 +368,9 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     return cls(**{name: _coerce(hints[name], value, f"{where}.{name}".lstrip(".")) for name, value in tree.items()})
 
 
+_MAY_BE_INFINITE = ("data.temperature",)
+
+
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -375,14 +378,16 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
+        if value == "":
+            raise ValueError(f"{where}: is empty; null is for none")
         return _coerce(next(a for a in arguments if a is not type(None)), value, where)
     if origin is Literal:
-        if value not in arguments:
+        if value not in arguments or type(value) not in map(type, arguments):
             raise ValueError(f"{where}: got {value!r}, allowed are {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
         if isinstance(value, str):
-            value = [part for part in value.split(",") if part]
+            value = [part.strip() for part in value.split(",") if part.strip()]
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where}: expected a list, got {value!r}")
         return tuple(_coerce(arguments[0], item, where) for item in value)
@@ -392,6 +397,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return {str(name): _coerce(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value) and where not in _MAY_BE_INFINITE:
+        raise ValueError(f"{where}: expected a finite number, got {value}")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{where}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
     return value
@@ -460,7 +467,7 @@ def _check_ranges(config: Config) -> None:
         if not value(name) > 0:
             raise ValueError(f"{name}: must be greater than 0, got {value(name)}")
     for name in NOT_NEGATIVE:
-        if value(name) < 0:
+        if not value(name) >= 0:
             raise ValueError(f"{name}: must not be negative, got {value(name)}")
     for name in SHARES:
         if value(name) is not None and not 0 <= value(name) < 1:
@@ -477,7 +484,7 @@ def _check_ranges(config: Config) -> None:
     if config.transfer.train == "embeddings" and not (config.transfer.init_from and config.data.train_tasks):
         raise ValueError("transfer.train='embeddings' needs transfer.init_from and data.train_tasks")
     for field_name in ("task_weights", "loss_weights"):
-        bad = {task: weight for task, weight in getattr(config.data, field_name).items() if weight <= 0}
+        bad = {task: weight for task, weight in getattr(config.data, field_name).items() if not 0 < weight < math.inf}
         if bad:
             raise ValueError(f"data.{field_name}: must be greater than 0, got {bad}")
     for task, shards in config.data.plain.items():

@@ -50,6 +50,12 @@ def transfer(
     counts = [part for part in shots.split(",") if part]
     if not counts or not all(count.isdigit() and int(count) for count in counts) or seeds < 1:
         raise ValueError(f"--shots {shots} --seeds {seeds}: expected numbers above 0, as in --shots 16,64 --seeds 3")
+    for assignment in overrides:
+        name = assignment.partition("=")[0]
+        if name in ("data.shots", "train.seed", "train.eval_every"):
+            raise ValueError(
+                f"{assignment}: every cell has its own {name}; --shots and --seeds say which cells there are"
+            )
     request: dict[str, object] = {"run_dir": run_dir, "task": new_task, "train": train, "like": like, "split": split}
     request |= {"ds_config": ds_config, "overrides": list(overrides)}
     asked = Path(out, "request.json")
@@ -63,7 +69,7 @@ def transfer(
         scores = []
         for seed in range(seeds):
             cell = Path(out) / f"{count}_shots_seed_{seed}"
-            if not (cell / "results.json").is_file():
+            if _score(cell, new_task, split) is None:
                 start = ["--init_from", run_dir, "--new_task", new_task, "--train", train, "--ds_config", ds_config]
                 start += ["--like", like] if like else []
                 # validated at the last step only, which is so the best one
@@ -71,15 +77,25 @@ def transfer(
                 _call(launcher, here / "train.py", *start, "--run_dir", str(cell), "--resume", *own)
                 score = ["--run_dir", str(cell), "--tasks", new_task, "--split", split, "--shuffle", "none"]
                 _call(launcher, here / "evaluate.py", *score)
-            scores.append(json.loads((cell / "results.json").read_text())["tasks"][new_task]["score"])
-        mean, error = statistics.mean(scores), statistics.stdev(scores) / seeds**0.5 if seeds > 1 else float("nan")
+            scored = _score(cell, new_task, split)
+            assert scored is not None, f"{cell} was scored just now"
+            scores.append(scored)
+        mean, error = statistics.mean(scores), statistics.stdev(scores) / seeds**0.5 if seeds > 1 else None
         rows.append({"shots": int(count), "mean": mean, "standard_error": error, "scores": scores})
     Path(out, "transfer.json").write_text(json.dumps({**request, "rows": rows}, indent=1) + "\n")
     print(f"{new_task}, {train} trained, {seeds} seeds, {split} split")
     for row in rows:
-        print(f"{row['shots']:6} shots  {row['mean']:.3f} +- {row['standard_error']:.3f} (standard error)")
+        spread = "one seed" if row["standard_error"] is None else f"+- {row['standard_error']:.3f} (standard error)"
+        print(f"{row['shots']:6} shots  {row['mean']:.3f} {spread}")
     print(f"wrote {Path(out, 'transfer.json')}")
     print(f"next: python launch/evaluate.py --run_dir {Path(out, f'{count}_shots_seed_0')}")
+
+
+def _score(cell: Path, task: str, split: str) -> float | None:
+    """A cell's score; None if it has none yet, or what evaluate.py wrote there since is of another split or task."""
+    file = cell / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {"tasks": {}}
+    return results["tasks"][task]["score"] if task in results["tasks"] and results["split"] == split else None
 
 
 def _call(launcher: str, script: Path, *arguments: str) -> None:

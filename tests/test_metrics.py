@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from hyperpelt_ds import tasks
 from hyperpelt_ds.contracts import Sample
-from hyperpelt_ds.tasks import glue, metrics
+from hyperpelt_ds.tasks import glue, metrics, table
 from hyperpelt_ds.tasks.task import Task
 from hyperpelt_ds.tasks.vqa_accuracy import normalise_answer, vqa_accuracy
 
@@ -171,6 +172,25 @@ def test_cider_is_ten_times_the_mean_cosine_of_weighted_n_grams():
     assert captions(("the", "the fox"), ("the", "the cat"))["cider"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("caption", "words"),  # what pycocoevalcap's Java tokenizer gave for them
+    [
+        ("A man's dog ... T-shirt, on a double-decker bus", "a man 's dog t-shirt on a double-decker bus"),
+        ('She said "hello" to the boys\' team at 7:30.', "she said hello to the boys team at 7:30"),
+        ("can't won\u2019t they're I'd we've", "ca n't wo n't they 're i 'd we 've"),
+        ("it's 1,000 years old; a half-eaten apple/pear", "it 's 1,000 years old a half-eaten apple/pear"),
+    ],
+)
+def test_captions_are_cut_into_words_as_cocos_tools_do(caption, words):
+    assert metrics.caption_words(caption) == words
+
+
+def test_an_answer_is_compared_with_every_reference_where_there_are_any():
+    task = table.task("mine", ["exact_match", "token_f1"])
+    asked = [Sample("k", "mine", "", "United States", references=references) for references in ((), ("x", "USA"))]
+    assert metrics.score(task, ["usa", "usa"], asked) == {"exact_match": 0.5, "token_f1": 0.5}
+
+
 def test_captions_without_a_word_score_zero():
     assert captions(("", "red fox"), ("!", "one cat")) == {"bleu4": 0.0, "cider": 0.0}
 
@@ -287,4 +307,6 @@ def test_development_sets_are_halved_as_in_the_paper(development, validation, te
     assert (len(first), len(second)) == (validation, test)
     assert sorted(first + second) == list(range(development))
     assert glue.halves(development) == (first, second) != glue.halves(development, seed=1)
+    drawn = torch.randperm(development, generator=torch.Generator().manual_seed(42))  # HyperFormer's
+    assert set(first) == set(drawn[:validation].tolist())
     assert np.corrcoef(np.isin(range(development), first), range(development))[0, 1] ** 2 < 0.05  # in no order

@@ -67,7 +67,7 @@ RENDERED = {
     "paws": ({**PAIR, "label": 0}, "sentence1: A man sleeps. sentence2: A man is awake.", "0"),
     "trec": ({"text": "Who was it ?", "coarse_label": 3, "fine_label": 20}, "sentence: Who was it ?", "3"),
     "scitail": ({**PAIR, "gold_label": "neutral"}, "sentence1: A man sleeps. sentence2: A man is awake.", "1"),
-    "yelp_polarity": ({"text": "Never again.", "label": 0}, "Never again.", "0"),
+    "yelp_polarity": ({"text": "Never again.", "label": 0}, "sentence: Never again.", "0"),
     "vqa_v2": ({"question": "What is it?", "answer": "a dog", "answers": ["a dog"] * 10}, "What is it?", "a dog"),
     "gqa": ({"question": "Is it red?", "answer": "no"}, "Is it red?", "no"),
     "coco_caption": ({"caption": "A dog on a mat."}, "", "A dog on a mat."),

@@ -17,13 +17,14 @@ from transformers import AutoTokenizer
 from untrained import untrained_run
 
 from hyperpelt_ds import config as configuration
+from hyperpelt_ds import tasks
 from hyperpelt_ds.config import Config, TransferConfig
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.export import export
 from hyperpelt_ds.model import beside, load, weights_file
-from hyperpelt_ds.train import deepspeed_json, transfer
+from hyperpelt_ds.train import deepspeed_json, loop, transfer
 
 OLD, NEW = ("movie_sentiment", "easy_vqa", "shape_caption"), "movie_rating"
 call, script = test_launch.call, test_launch.script
@@ -203,12 +204,17 @@ def test_one_command_trains_shots_times_seeds_and_goes_on_where_it_stopped(runs,
         assert row["standard_error"] == pytest.approx(abs(row["scores"][0] - row["scores"][1]) / 2)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "few").rglob("results.json")}
     again = run_python(*command)
+    results = json.loads(next(iter(files)).read_text())  # the cell's baselines know no more than its model did
+    assert results["tasks"][NEW]["baseline"] is not None
     assert again.returncode == 0 and {file: file.stat().st_mtime_ns for file in files} == files
     assert "standard error" in again.stdout
 
 
 def test_transfer_refuses_what_it_cannot_count(call):
     common = ("--run_dir", "r", "--new_task", NEW, "--out", "o", "--ds_config", "d")
+    for wrong in ("train.seed=5", "data.shots=9", "train.eval_every=10"):
+        code, _, error = call(script("transfer").transfer, *common, wrong)
+        assert code == 2 and f"{wrong}: every cell has its own" in error
     for wrong in (("--shots", "many"), ("--shots", "0"), ("--seeds", "0")):
         code, _, error = call(script("transfer").transfer, *common, *wrong)
         assert code == 2 and "expected numbers above 0" in error
@@ -247,6 +253,39 @@ def test_a_transfer_whose_trained_tasks_were_chosen_is_resumed_by_the_same_comma
     configuration.save(started, tmp_path / "run" / "config.json")
     assert transfer.requested(runs["base"], [NEW], None, "all", tmp_path / "run", True) == started
     assert transfer.requested(runs["base"], [], None, "all", tmp_path / "run", True) == started
+    for run, like, train, said in (
+        (runs["own"], None, "all", "--init_from .*/own: .* was started with .*/base"),
+        (runs["base"], "easy_vqa", "all", "--like easy_vqa: .* was started with none"),
+        (runs["base"], None, "embeddings", "--train embeddings: .* was started with all"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            transfer.requested(run, [NEW], like, train, tmp_path / "run", True)
+
+
+def test_a_run_on_a_users_own_task_is_transferred_to_other_data(config, runs, tmp_path):
+    """Whose manifest knows nothing of the task."""
+    base = tmp_path / "base"
+    shutil.copytree(runs["base"], base)
+    for file in ("config.json", "identity.json"):
+        (base / file).write_text((base / file).read_text().replace("movie_sentiment", "my_own_task"))
+    identity = json.loads((base / "identity.json").read_text())
+    identity["records"] = {"my_own_task": {"metrics": ["exact_match"]}}
+    (base / "identity.json").write_text(json.dumps(identity))
+    started = transfer.from_run(base, [NEW], None, "all").override(["train.steps=1", "data.shots=6"])
+    try:
+        loop.train(started, "ds_configs/zero2_cpu.json", tmp_path / "run")
+    finally:
+        tasks.TASKS.pop("my_own_task", None)
+    assert json.loads((tmp_path / "run" / "identity.json").read_text())["records"].keys() == {"my_own_task"}
+
+
+def test_names_that_say_where_a_new_task_starts_are_checked(runs, tmp_path):
+    model = load(runs["base"]).model
+    base = configuration.load(runs["base"] / "config.json")
+    for like in ({"typo": "easy_vqa"}, {NEW: "typo"}):
+        started = transfer.from_run(runs["base"], [NEW], None, "all").override([f"transfer.like={json.dumps(like)}"])
+        with pytest.raises(ValueError, match=r"transfer.like: .* expected one of the new tasks"):
+            transfer.start(model, started, Manifest.load(base.data.manifest))
 
 
 def test_cells_of_another_request_are_not_taken_for_this_ones(call, tmp_path):

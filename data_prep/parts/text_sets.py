@@ -23,8 +23,9 @@ class TextSet:
     """One data set of the hub. "Its own" splits are named as there; its column `idx`, if any, numbers its rows.
 
     texts: the columns with text; label: that with the label. item: those of `texts` that say which examples belong
-    together (all if left out): where we draw a line, no item is on both sides of it.
-    test: our splits for testing -> its own. halved: its own split whose random halves are validation and test.
+    together (all if left out): what is held out of train shares no item with the rest.
+    test: our splits for testing -> its own. halved: its own split whose random halves, by rows as in HyperFormer, are
+    validation and test; a premise or passage of several rows can be in both.
     validation: its own split for validation; without one, `held_out` samples of train are for it.
     unlabelled: our splits without answers -> its own. exported: see Repository.
     """

@@ -46,10 +46,11 @@ def adopt(records: Mapping[str, Mapping[str, Any]]) -> None:
 def adopt_all(names: Iterable[str], about: Mapping[str, Any]) -> None:
     """Makes every task of a data set known, by the records in its manifest's `about`.
 
-    One without a record, of shards that were made elsewhere, is scored by exact match.
+    One without a record, of shards that were made elsewhere, keeps what is known of it, from the run that is asked for
+    example, and is else scored by exact match.
     """
     stored = about.get("records", {})
-    adopt({name: stored.get(name, {}) for name in names if name in stored or name not in _PACKAGE})
+    adopt({name: stored.get(name, {}) for name in names if name in stored or name not in TASKS})
 
 
 def own_records(names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ come from: a model's, a baseline's and a shuffled run's are scored alike.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ import sklearn.metrics
 from pycocoevalcap.cider.cider import Cider
 
 from hyperpelt_ds.contracts import Sample
-from hyperpelt_ds.tasks.task import NUMERIC, Task, check_target, normalise
+from hyperpelt_ds.tasks.task import NUMERIC, Task, check_target
 from hyperpelt_ds.tasks.vqa_accuracy import PEOPLE_FOR_CERTAIN, vqa_accuracy
 
 UNREADABLE = -1.0
@@ -118,11 +119,17 @@ def _total(metric: Metric, rows: Rows, counts: np.ndarray) -> float:
 
 
 def _each(compare: Callable[[str, str], float]) -> Callable[[Task, Sequence[str], Sequence[Sample]], Rows]:
-    """A comparison of one prediction with one target, both as the task parses them."""
+    """A comparison of one prediction with one answer, both as the task parses them; the best over the references, where
+    a sample has any."""
 
     def rows(task: Task, predictions: Sequence[str], samples: Sequence[Sample]) -> Rows:
         pairs = zip(predictions, samples, strict=True)
-        return _column([compare(task.parse(text), task.parse(sample.target)) for text, sample in pairs])
+        return _column(
+            [
+                max(compare(task.parse(text), task.parse(answer)) for answer in sample.references or (sample.target,))
+                for text, sample in pairs
+            ]
+        )
 
     return rows
 
@@ -205,10 +212,21 @@ def _vqa_rows(task: Task, predictions: Sequence[str], samples: Sequence[Sample])
 
 def _references(metric: str, task: Task, sample: Sample) -> list[str]:
     """The texts to compare with, as words: the references, or the target where it is the only one."""
-    texts = [normalise(text) for text in sample.references or (sample.target,)]
+    texts = [caption_words(text) for text in sample.references or (sample.target,)]
     if not any(texts):
         raise ValueError(f"metric {metric!r} of task {task.name!r}: sample {sample.key!r} has no references")
     return texts
+
+
+_WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:/]\d+)+|\w+(?:[-/]\w+)*")
+
+
+def caption_words(text: str) -> str:
+    """A caption's words with single spaces, nearly as COCO's tools have them from a Java program, the Penn Treebank's
+    tokenizer: lower case, no punctuation, clitics apart, numbers, times and words with hyphens whole. "A man's T-shirt
+    isn't $5.99." becomes "a man 's t-shirt is n't 5.99"."""
+    text = re.sub(r"(\w)(n't|'(?:s|re|ve|ll|d|m))\b", r"\1 \2", text.lower().replace("\u2019", "'"))
+    return " ".join(_WORD.findall(text))
 
 
 _BLEU = sacrebleu.BLEU(tokenize="none", force=True, effective_order=True)  # counts n-grams; `_bleu` scores them
@@ -218,16 +236,15 @@ def _bleu_rows(task: Task, predictions: Sequence[str], samples: Sequence[Sample]
     """Matches and numbers of 1- to 4-grams, words, and words of the reference nearest in length."""
     counts = []
     for text, sample in zip(predictions, samples, strict=True):
-        found = _BLEU.sentence_score(normalise(text), _references("bleu4", task, sample))
+        found = _BLEU.sentence_score(caption_words(text), _references("bleu4", task, sample))
         counts.append([*found.counts, *found.totals, found.sys_len, found.ref_len])
     return np.array(counts, dtype=float)
 
 
 def _cider_rows(task: Task, predictions: Sequence[str], samples: Sequence[Sample]) -> Rows:
-    """CIDEr-D of each caption; rare words are those of few of the samples here. COCO's tools would split off clitics
-    with a Java program first, which we do without."""
+    """CIDEr-D of each caption; rare words are those of few of the samples here."""
     wanted = {place: _references("cider", task, sample) for place, sample in enumerate(samples)}
-    found = {place: [normalise(text)] for place, text in enumerate(predictions)}
+    found = {place: [caption_words(text)] for place, text in enumerate(predictions)}
     return _column(Cider().compute_score(wanted, found)[1])
 
 

@@ -1,7 +1,7 @@
 """Text tasks that a trained run is transferred to, few-shot, on the examples of their Hugging Face data sets.
 
 `label` is a number, and -1 (IMDB's unlabelled part, SuperGLUE's test sets) gives no sample. Sources are as in
-HyperFormer; TREC and Yelp, whose form there is not known to us, are written like GLUE's single sentences and like IMDB.
+HyperFormer's code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ def _text(example: Example) -> tuple[str, str] | None:
     """text, label (0 or 1): the text as it is."""
     target = digit(example["label"], 2)
     return None if target is None else (example["text"], target)
+
+
+def _review(example: Example) -> tuple[str, str] | None:
+    """text, label (0 or 1)."""
+    target = digit(example["label"], 2)
+    return None if target is None else (f"sentence: {example['text']}", target)
 
 
 def _question(example: Example) -> tuple[str, str] | None:
@@ -93,7 +99,7 @@ TRANSFER = (
         ("accuracy",),
         "positive or negative review of a business; Yelp polarity, Zhang et al. 2015, under its own terms",
         "Decide whether the customer's review of a business is positive: 1 if it is positive, 0 if it is negative.",
-        _text,
+        _review,
         labels=("0", "1"),
     ),
 )

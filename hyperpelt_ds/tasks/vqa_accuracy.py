@@ -3,6 +3,9 @@
 The rules are those of the VQA challenge's evaluation page (visualqa.org), in our own words and code. The organisers'
 script has a few surprises beyond them that are left out: it joins the words around a sign that stands beside a space
 elsewhere in the answer ("t-shirt - red" to "tshirt red"), and around every sign if a comma stands between digits.
+It also rewrites people's answers less than the model's (only their punctuation, and that not if all agree), so that it
+gives nothing for "none" where all ten said "none". Here both are rewritten alike, which can only give more; what the
+server says of the file of `launch/predict.py --format vqa` is what can be compared with published numbers.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ import numpy as np
 from hyperpelt_ds import dist, tasks
 from hyperpelt_ds.config import Config
 from hyperpelt_ds.contracts import TRAIN, Sample
+from hyperpelt_ds.data.choice import choose
 from hyperpelt_ds.data.collate import collator_for
 from hyperpelt_ds.data.evaluation import evaluation_batches, read_texts
 from hyperpelt_ds.data.manifest import Manifest
-from hyperpelt_ds.data.reader import Reader
+from hyperpelt_ds.data.reader import DamagedSample, Reader
 from hyperpelt_ds.model import HyperPELT, identity_of, load
 from hyperpelt_ds.tasks import Task, baselines, glue, metrics
 from hyperpelt_ds.tasks.task import check_target
@@ -153,7 +154,7 @@ def evaluate(
             with CONTROLS[control](run, some) as asked:
                 others[control] = [text or "" for text in answers(asked, ask, size, pace())]
         if dist.rank() == 0:
-            train = read_texts(manifest, name, TRAIN, damaged={})
+            train = _trained_on(manifest, config, name)
             rows[name] = _row(tasks.get(name), samples, [text or "" for text in texts], train)
             rows[name] |= _contrast(tasks.get(name), some, others) | {"truncated": truncated}
             rows[name] |= {"unreadable": texts.count(None), "left_out": len(damaged)}
@@ -173,6 +174,17 @@ def evaluate(
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{table(results)}\nwrote {file}", flush=True)
     return results
+
+
+def _trained_on(manifest: Manifest, config: Config, task: str) -> list[Sample]:
+    """The training samples of a task that can be read; of one that was trained on few shots, those."""
+    damaged: dict[int, DamagedSample] = {}
+    train, count = read_texts(manifest, task, TRAIN, damaged), manifest.count(task, TRAIN)
+    if not config.data.shots or task not in config.trained_tasks:
+        return train
+    numbers = [number for number in range(count) if number not in damaged]
+    chosen = set(choose(Reader(manifest), task, TRAIN, count, config.data.shots, str(config.train.seed)))
+    return [sample for number, sample in zip(numbers, train, strict=True) if number in chosen]
 
 
 def _check_scorable(task: Task, sample: Sample, split: str) -> None:

@@ -77,6 +77,8 @@ def train(config: Config, ds_config: str | Path, run_dir: str | Path, resume: bo
 
 def prepare(config: Config, ds_config: Path, folder: Path) -> Ready:
     """Joins the ranks, reads, builds and compares; writes nothing. The weights are those of a run that begins."""
+    if config.transfer.init_from and (Path(config.transfer.init_from) / IDENTITY).is_file():
+        tasks.adopt(identity_of(Path(config.transfer.init_from)).get("records", {}))  # which other data may not have
     manifest = Manifest.of(config.data)
     config = resolve(config, manifest)
     settings = deepspeed_json.merge(ds_config, config, dist.world_size())  # for its errors, before minutes of loading
@@ -88,6 +90,11 @@ def prepare(config: Config, ds_config: Path, folder: Path) -> Ready:
         log.warning(
             "%s asks for float16, whose range the activations of published T5 models leave: expect NaN, use bfloat16",
             ds_config,
+        )
+    if config.train.warmup_steps >= config.train.steps:
+        log.warning(
+            "train.warmup_steps %d: the learning rate never reaches train.learning_rate in train.steps %d",
+            *(config.train.warmup_steps, config.train.steps),
         )
     backbone = model.backbone.fingerprint()
     dist.agree("the frozen backbone", backbone)
@@ -123,7 +130,6 @@ def _train(ready: Ready, folder: Path, watchdog: Watchdog) -> HyperPELT:
         (folder / outcome.START).unlink(missing_ok=True)  # all have read it, and it is no other start's
         supervision.forget_processes(folder, dist.world_size())
         (folder / outcome.DONE).unlink(missing_ok=True)
-        configuration.save(config, folder / "config.json")
         identity = {
             "backbone": backbone,
             "data": manifest.digests(config.data.tasks),
@@ -131,6 +137,7 @@ def _train(ready: Ready, folder: Path, watchdog: Watchdog) -> HyperPELT:
             "descriptions": description_sample(model),
             "records": tasks.own_records(config.data.tasks),
         }
+        configuration.save(config, folder / "config.json")
         (folder / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
         if decided is not None:
             transfer.write_decisions(folder, decided)

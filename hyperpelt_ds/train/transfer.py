@@ -39,7 +39,8 @@ def requested(
 ) -> Config:
     """The configuration of the run in `run_dir` that starts from `run`: `from_run`'s, or, to resume it, its own.
 
-    To resume, `run` need not be there any more. Raises ValueError for other new tasks than it was started with.
+    To resume, `run` need not be there any more. Raises ValueError for other new tasks, or another `run`, `like` or
+    `train`, than it was started with.
     """
     own = Path(run_dir) / "config.json"
     if not (resume and own.is_file()):
@@ -48,6 +49,16 @@ def requested(
     added = config.data.tasks[-len(new_tasks) :] if new_tasks else ()
     if added != tuple(new_tasks):  # what of its tasks is trained may have been changed by data.train_tasks
         raise ValueError(f"--new_task {','.join(new_tasks)}: {run_dir} was started with {', '.join(added)}")
+    was = config.transfer
+    for flag, given, started in (
+        ("init_from", os.path.abspath(run), was.init_from),
+        ("train", train, was.train),
+        ("like", like, next(iter(was.like.values()), None)),
+    ):
+        if given is not None and given != started:
+            raise ValueError(
+                f"--{flag} {given}: {run_dir} was started with {started or 'none'}; --resume goes on with that"
+            )
     return config
 
 
@@ -68,6 +79,10 @@ def from_run(run: str | Path, new_tasks: Sequence[str], like: str | None, train:
         raise ValueError(
             f"--new_task {known[0]!r}: {run} was already trained on it; without --new_task, --init_from trains "
             f"it further"
+        )
+    if like is not None and "task" not in (*base.hypernet.conditions, base.hypernet.parameters):
+        raise ValueError(
+            f"--like {like}: in {run} nothing belongs to one task alone, so a new one starts from no other"
         )
     if like is not None and like not in base.data.tasks:
         raise ValueError(f"--like {like!r} is not one of the tasks of {run}: {', '.join(base.data.tasks)}")
@@ -97,6 +112,12 @@ def start(model: HyperPELT, config: Config, manifest: Manifest) -> dict[str, Any
     state, per_task = load_file(weights_file(folder)), model.per_task
     _fill(model, state, base.data.tasks)
     new = [name for name in config.data.tasks if name not in base.data.tasks]
+    for name, source in config.transfer.like.items():
+        if name not in new or source not in base.data.tasks:
+            raise ValueError(
+                f"transfer.like: {name!r} from {source!r}: expected one of the new tasks ({', '.join(new) or 'none'}) "
+                f"from one of {', '.join(base.data.tasks)}"
+            )
     decided: dict[str, Any] = {}
     for name in new if per_task else ():
         losses: dict[str, float] = {}
