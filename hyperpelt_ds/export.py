@@ -108,6 +108,7 @@ def _live(run_dir: Path, task: str, image: str | Path | None, format: str, task_
         raise ValueError(f"task {task!r}: {run_dir} makes no weights for it without an image")
     generation = copy.deepcopy(backbone.model.generation_config)
     generation.max_new_tokens = config.data.max_target_length
+    generation.num_beams = config.eval.num_beams
     generation.suppress_tokens = backbone.forbidden or None
     facts = _facts(run, run_dir, task, image)
     return Live(tensors, facts, generation, type(backbone.model), batch, logits, asked)
@@ -292,8 +293,9 @@ Checked against the run when written: {said}.
 ```python
 {_USE[format].format(model_class=live.model_class.__name__, backbone=backbone["id"])}
 tokenizer = AutoTokenizer.from_pretrained("{backbone["id"]}")
+{"" if backbone["is_encoder_decoder"] else "tokenizer.add_eos_token = False  # a question goes on with its answer"}
 tokens = tokenizer(["{begins}..."], truncation=True, max_length={live.config["max_source_length"]}, return_tensors="pt")
-answer = model.generate(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, num_beams=1)
+answer = model.generate(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
 print(tokenizer.batch_decode({new}, skip_special_tokens=True))
 ```
 

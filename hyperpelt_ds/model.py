@@ -101,6 +101,7 @@ class HyperPELT(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """The loss of a batch: sum over samples of loss_weights x mean cross-entropy of the sample's target."""
+        self.backbone.slot.set((), None)  # else the last batch's weights stay while these are made
         weights: Weights = self.hypernet(batch, self.prefix_rows, self._most(batch.input_ids.device))
         used, idle = self._split(weights, batch)
         logits = self.backbone.forward(used, batch.input_ids, batch.attention_mask, batch.labels, batch.targets)
@@ -129,6 +130,7 @@ class HyperPELT(nn.Module):
 
         Weights are there as a whole, whatever the budget: every token needs all of them.
         """
+        self.backbone.slot.set((), None)
         used, _ = self._split(self.hypernet(batch, self.prefix_rows), batch)
         return self.backbone.generate(used, batch.input_ids, batch.attention_mask, max_new_tokens, num_beams)
 
@@ -164,11 +166,11 @@ def build(config: Config, tasks: Sequence[str]) -> HyperPELT:
         return HyperPELT(config, backbone, tasks, descriptions)
 
 
-def _check_lengths(config: Config, backbone: Backbone) -> None:
-    """Raises ValueError for lengths that the model has no positions for."""
+def _check_lengths(config: Config, backbone: Backbone, answer: int | None = None) -> None:
+    """Raises ValueError for lengths that the model has no positions for; `answer` if it is not the configured one."""
     data, cells = config.data, config.vision.cells if config.vision.tokens else 0
     source = {"data.max_source_length": data.max_source_length, **({"vision.cells": cells} if cells else {})}
-    target = {"data.max_target_length": data.max_target_length}
+    target = {"data.max_target_length": data.max_target_length} if answer is None else {"max_new_tokens": answer}
     for part in [source | target] if backbone.one_sequence else [source, target]:
         if backbone.positions is not None and sum(part.values()) > backbone.positions:
             given = " + ".join(f"{name} {length}" for name, length in part.items())
@@ -279,6 +281,7 @@ class Predictor:
         if blind:
             raise ValueError(f"task {blind[0]!r} needs an image with every text")
         length = max_new_tokens if max_new_tokens is not None else self.config.data.max_target_length
+        _check_lengths(self.config, self.model.backbone, length)
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         found: dict[int, str] = {}
         for start in range(0, len(order), self.config.eval.batch_size):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny import (
     KINDS,
     VOCABULARY,
@@ -17,7 +19,7 @@ from tiny import (
     tiny_modules,
 )
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, BertConfig, BertModel
 from transformers.masking_utils import eager_mask
 
 from hyperpelt_ds.backbones import Backbone, load_backbone
@@ -25,6 +27,8 @@ from hyperpelt_ds.backbones.attention import call_by_name
 from hyperpelt_ds.backbones.families import family_of
 from hyperpelt_ds.config import ModelConfig
 from hyperpelt_ds.contracts import Weights
+from hyperpelt_ds.kernels.prefix_attention import MERGED
+from hyperpelt_ds.model import HyperPELT
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 
@@ -313,6 +317,76 @@ def test_images_as_tokens_change_no_set_of_parameters_that_get_a_gradient(kind, 
         run(backbone, weights._replace(tokens=tokens), batch).logsumexp(-1).sum().backward()
         reached.append({name for name, p in backbone.model.named_parameters() if p.grad is not None})
     assert reached[0] == reached[1] and len(reached[0]) > 10
+
+
+def test_a_backbone_that_lacks_weights_or_its_padding_is_refused(kind, tmp_path):
+    """They would be drawn at random, others in every process."""
+    model = tiny_model(kind)
+    model.save_pretrained(tmp_path)
+    _save_tokenizer(tmp_path)
+    load_backbone(ModelConfig(backbone=str(tmp_path)))
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "layers.1" in name or "block.1" in name)
+    save_file(
+        {n: tensor for n, tensor in weights.items() if n != name}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"model.backbone: .* lacks the weights .*, which are never made up"):
+        load_backbone(ModelConfig(backbone=str(tmp_path)))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"has {VOCABULARY} embeddings, and its tokenizer pads with number 5[01]"):
+        load_backbone(ModelConfig(backbone=str(tmp_path)))
+
+
+def test_layers_share_what_is_added_to_scores_beside_prefixes(kind, monkeypatch):
+    """On the way that dropout and GPUs take; else every layer keeps a copy for its backward pass."""
+    monkeypatch.delitem(MERGED, "cpu")
+    backbone = tiny_backbone(kind)
+    batch = tiny_batch(backbone.model)
+    weights = tiny_hypernet(backbone)(batch)
+    weights = weights._replace(branches=tuple(b._replace(prefix=_without_offset(b.prefix)) for b in weights.branches))
+    seen = []
+    given = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, mask, *a, **more: seen.append(mask) or given(q, k, v, mask, *a, **more),
+    )
+    run(backbone, weights, batch)
+    sites = len(backbone.geometry.prefix_sites)
+    kinds = len({site.block for site in backbone.geometry.prefix_sites})
+    masks = {mask.data_ptr() for mask in seen if mask is not None}
+    assert len(seen) == sites and len(masks) <= kinds < sites
+
+
+def _without_offset(prefix):
+    return prefix and prefix._replace(offset=None)
+
+
+def test_a_batchs_weights_are_let_go_before_the_next_are_made(kind):
+    backbone = tiny_backbone(kind)
+    batch = tiny_batch(backbone.model)
+    hypernet = tiny_hypernet(backbone)
+    run(backbone, hypernet(batch), batch)
+    model = HyperPELT.__new__(HyperPELT)
+    assert backbone.slot._prefixes
+    stopped = RuntimeError("the next weights are being made")
+
+    def make(*_):
+        assert not backbone.slot._prefixes
+        raise stopped
+
+    torch.nn.Module.__init__(model)
+    model.__dict__.update(backbone=backbone, prefix_rows=None, generation_budget=None)
+    model.hypernet = torch.nn.Identity()
+    model.hypernet.forward = make
+    for call in (lambda: model.forward(batch), lambda: model.generate(batch, 2)):
+        backbone.slot.set((), None)
+        run(backbone, hypernet(batch), batch)
+        with pytest.raises(RuntimeError, match="are being made"):
+            call()
 
 
 def test_two_backbones_in_one_process_do_not_share_weights(kind):

@@ -372,11 +372,18 @@ def test_a_run_that_does_not_save_in_time_is_said_to_be_lost(tmp_path, capfd):
     """))  # fmt: skip
     command = [sys.executable, "launch/supervise.py", "--grace", "1", "--", sys.executable, script, tmp_path / "run"]
     child = subprocess.Popen(
-        [*map(str, command), "--run_dir", str(tmp_path / "run")], cwd=ROOT, env=environment(), stdout=subprocess.PIPE
+        [*map(str, command), "--run_dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup, if it began the tests, ignores it
     )
-    wait_for(lambda: (tmp_path / "run" / "ready").exists(), child)
-    child.send_signal(signal.SIGHUP)
-    said = child.communicate(timeout=60)[0].decode()
+    try:
+        wait_for(lambda: (tmp_path / "run" / "ready").exists(), child)
+        child.send_signal(signal.SIGHUP)
+        said = child.communicate(timeout=60)[0].decode()
+    finally:
+        child.kill()
     assert child.returncode == 75 and "did not save within 1 s (--grace); after the checkpoint of step 4 all is" in said
 
 

@@ -82,7 +82,7 @@ def test_a_rank_that_fails_in_a_training_is_the_only_one_that_is_heard(run_pytho
     """It cannot write its process's file, since a folder has its name; the other rank goes on, and loses it."""
     run: Callable[..., subprocess.CompletedProcess[str]] = run_python
     folder = tmp_path / "run"
-    (folder / "processes" / f"rank_{broken}.partial").mkdir(parents=True)
+    (folder / "processes" / f"rank_{broken}.json").mkdir(parents=True)
     done = run(
         *("deepspeed", "--quiet", "--master_port", free_port(), "--num_accelerators", 2, "launch/train.py"),
         *("--recipe", "demo", "--ds_config", "ds_configs/zero2_cpu.json", "--run_dir", folder, "--resume"),

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import cpp_extension
 
 from hyperpelt_ds.config import Config, TrainConfig
+from hyperpelt_ds.hypernet.free import FreeAdapter, FreeLowRank
 from hyperpelt_ds.train import deepspeed_json, engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +151,23 @@ def test_only_weights_of_linear_maps_decay_and_every_trainable_is_in_exactly_one
     embedding_norm_scale = {"conditions.task.embedding.table.weight", "norms.values", scale}
     assert embedding_norm_scale < set(kept)
     assert any(name.endswith(".bias") for name in kept)
+
+
+@pytest.mark.parametrize("kind", ["t5", "marian"])
+def test_matrices_without_a_generator_decay_and_tied_embeddings_do_not(kind):
+    backbone = tiny.tiny_backbone(kind, kinds=("adapter", "lora"))
+    plain = Config().override(["hypernet.parameters=shared", "hypernet.conditions=[]", "modules.kinds=adapter,lora"])
+    network = nn.ModuleList(
+        [
+            FreeAdapter(1, plain.modules, backbone.geometry),
+            FreeLowRank(1, plain.modules, backbone.geometry.projections[0]),
+            backbone.model.requires_grad_(True),
+        ]
+    )
+    decayed = {id(p) for p in engine.parameter_groups(network, 0.1)[0]["params"]}
+    assert all(id(p) in decayed for p in (network[0].down, network[0].up, network[1].down, network[1].up))
+    assert id(network[0].down_bias) not in decayed
+    assert id(backbone.model.get_input_embeddings().weight) not in decayed
 
 
 def test_no_group_is_ever_empty():

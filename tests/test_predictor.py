@@ -82,6 +82,7 @@ def test_many_texts_are_answered_in_batches(run, monkeypatch):
         ),
         ({"task": ["movie_rating"], "texts": ["a", "b"]}, "got 2 texts, 1 tasks and 2 images"),
         ({"task": "easy_vqa", "texts": ["a"], "images": ["nowhere.png"]}, "cannot read image 'nowhere.png'"),
+        ({"task": "movie_rating", "texts": ["a"], "max_new_tokens": 9999}, "max_new_tokens 9999 are more than the"),
     ],
 )
 def test_a_call_that_cannot_be_answered_says_why(run, arguments, message):

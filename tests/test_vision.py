@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models
 
@@ -195,6 +196,28 @@ def test_clip_gives_the_last_states_of_its_patches(clip_folder):
     with torch.no_grad():
         states = model(pixel_values=red.view(1, 3, 1, 1).expand(1, 3, 32, 32)).last_hidden_state
     assert torch.allclose(encoder.encode(PICTURES[1:]), states[:, 1:], atol=1e-5)
+
+
+def test_a_tower_that_is_no_clip_or_not_whole_is_refused(clip_folder, tmp_path):
+    """Features of a random network look like features."""
+    settings = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+    transformers.ViTModel(transformers.ViTConfig(**settings, patch_size=8)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"vision.weights: .*vit holds a model of type 'vit', expected clip"):
+        load_encoder(VisionConfig(encoder="clip", weights=str(tmp_path / "vit"), image_size=32))
+    shutil.copytree(clip_folder, tmp_path / "cut")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    weights.pop(next(name for name in weights if "layers.0" in name))
+    save_file(weights, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"vision.weights: .*cut lacks the weights"):
+        load_encoder(VisionConfig(encoder="clip", weights=str(tmp_path / "cut"), image_size=32))
+
+
+@pytest.mark.parametrize(("name", "stage"), [("swin_t", None), ("vit_b_32", "encoder")])
+def test_a_layer_that_is_no_map_of_channels_is_refused(tmp_path, name, stage):
+    torch.save(models.get_model(name, weights=None).state_dict(), tmp_path / "w.pth")
+    config = VisionConfig(encoder=name, weights=str(tmp_path / "w.pth"), image_size=224, stage=stage)
+    with pytest.raises(ValueError, match=r"vision.stage: .* expected channels x height x width"):
+        load_encoder(config)
 
 
 def test_a_description_names_the_weights(lite, tmp_path):

@@ -50,7 +50,7 @@ def _attention(
         key, value, columns, prefixes = slot.joined(cast(int, place), key, value, prefixes)
         if columns and bias is not None:
             bias = slot.once(_beside, bias, columns)
-    output = prefix_attention(query, key, value, prefixes, None, bias, scale, dropout)
+    output = prefix_attention(query, key, value, prefixes, None, bias, scale, dropout, slot.once)
     return output.transpose(1, 2).contiguous(), None
 
 

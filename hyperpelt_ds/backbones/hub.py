@@ -6,6 +6,7 @@ it, and who waited finds it there (tests/test_hub.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -21,3 +22,15 @@ def cannot_load(field: str, where: str, error: Exception) -> ValueError:
         f"`HF_HUB_OFFLINE=0 hf download {where}` where there is a network, once for each cache (HF_HOME says where it "
         f"is), or give a local folder"
     )
+
+
+def check_whole(field: str, where: str, missing: Iterable[str]) -> None:
+    """Raises ValueError for weights that a folder or hub id lacks: transformers would draw them at random, others in
+    every process."""
+    lacking = sorted(missing)
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ValueError(
+            f"{field}: {where} lacks the weights {', '.join(lacking[:3])}{more}, which are never made up; is it "
+            "another kind of model (an encoder alone, one without its output layer)?"
+        )

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from hyperpelt_ds import dist
 from hyperpelt_ds.backbones.base import Backbone
 from hyperpelt_ds.backbones.families import family_of
-from hyperpelt_ds.backbones.hub import cannot_load
+from hyperpelt_ds.backbones.hub import cannot_load, check_whole
 from hyperpelt_ds.config import ModelConfig, ModulesConfig
 
 
@@ -19,8 +19,8 @@ def load_backbone(config: ModelConfig, modules: ModulesConfig | None = None) -> 
     configured, and places for `modules`. Where it is to be split over several ranks, all of them call it, and those of
     a node read it one after the other: then one of them has the whole model, for as long as it takes.
 
-    Raises ValueError for an unsupported model type, a type of numbers that the model overflows in, and one that names
-    the path where nothing can be loaded.
+    Raises ValueError for an unsupported model type, a type of numbers that the model overflows in, a padding token that
+    the model does not have, and one that names the path where nothing can be loaded, or not all weights.
     """
     if not config.shard_backbone or dist.world_size() == 1:
         return _load(config, modules)
@@ -52,9 +52,18 @@ def _load(config: ModelConfig, modules: ModulesConfig | None) -> Backbone:
             setattr(model_config, name, 0.0)
         tokenizer = family.layout.tokenizer(_tokenizer(where))
         dtype = getattr(torch, config.dtype)
-        model = family.layout.auto_class.from_pretrained(where, config=model_config, dtype=dtype)
+        model, loaded = family.layout.auto_class.from_pretrained(
+            where, config=model_config, dtype=dtype, output_loading_info=True
+        )
+        check_whole("model.backbone", where, loaded["missing_keys"])
     except OSError as error:
         raise cannot_load("model.backbone", where, error) from error
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        raise ValueError(
+            f"model.backbone: {where} has {rows} embeddings, and its tokenizer pads with number "
+            f"{tokenizer.pad_token_id}; name one that the model has in its tokenizer_config.json, for example its end"
+        )
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     backbone = Backbone(model, tokenizer, modules, config.train_backbone, config.prefix_form)

@@ -57,13 +57,13 @@ class Collator:
         channels: int | None,
         name_task: bool = False,
     ) -> None:
-        if tokenizer.pad_token_id is None:
-            raise ValueError("model.backbone: its tokenizer has no pad token; set one in its tokenizer_config.json")
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "model.backbone: its tokenizer has no end-of-text token, so that no model could learn to end a "
                 "target; set one in its tokenizer_config.json"
             )
+        if tokenizer.pad_token_id is None:
+            raise ValueError("model.backbone: its tokenizer has no pad token; set one in its tokenizer_config.json")
         self.tokenizer = tokenizer
         self.ends_targets = tokenizer(text_target="a")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self._rows = {task: row for row, task in enumerate(tasks)}

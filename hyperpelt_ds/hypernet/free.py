@@ -95,6 +95,8 @@ class MadePrefix(nn.Module):
 class FreeAdapter(nn.Module):
     """Bottleneck adapters as parameters: Kaiming-uniform down, and what comes last zero unless told otherwise (MAM)."""
 
+    linear_maps = "down", "up"
+
     def __init__(self, sets: int, modules: ModulesConfig, geometry: Geometry):
         super().__init__()
         sites, size, narrow = len(geometry.adapter_sites), geometry.model_size, modules.bottleneck
@@ -130,6 +132,8 @@ class FreeAdapter(nn.Module):
 
 class FreeLowRank(nn.Module):
     """LoRA as Hu et al. start it: Kaiming-uniform down, zero up."""
+
+    linear_maps = "down", "up"
 
     def __init__(self, sets: int, modules: ModulesConfig, target: Projection):
         super().__init__()

@@ -89,9 +89,12 @@ def _shared_buffer() -> Path:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The weights of linear maps decay; embeddings, norms, biases and scales do not. No group is ever empty, because
-    the engine drops an empty one and so renumbers those after it."""
+    """The weights of linear maps decay, also those that are parameters of modules without a generator; embeddings,
+    norms, biases, prefixes and scales do not. No group is ever empty, because the engine drops an empty one and so
+    renumbers those after it."""
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    matrices |= {id(getattr(module, n)) for module in model.modules() for n in getattr(module, "linear_maps", ())}
+    matrices -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}  # tied ones
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},

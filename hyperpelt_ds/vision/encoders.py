@@ -126,7 +126,13 @@ class _Cells(nn.Module):
         self.feature_map = feature_map.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.feature_map(pixels).flatten(2).transpose(1, 2)
+        features = self.feature_map(pixels)
+        if features.ndim != 4 or features.shape[2] != features.shape[3]:
+            raise ValueError(
+                f"vision.stage: of a picture this layer gives numbers of shape {tuple(features.shape[1:])}, expected "
+                "channels x height x width; take another layer, or another encoder (clip for a transformer)"
+            )
+        return features.flatten(2).transpose(1, 2)
 
 
 def _fill(model: nn.Module, path: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperpelt_ds.kernels.prefix_attention.checks import check
-from hyperpelt_ds.kernels.prefix_attention.concatenated import attention, concatenated, join
+from hyperpelt_ds.kernels.prefix_attention.concatenated import Once, attention, concatenated, join
 from hyperpelt_ds.kernels.prefix_attention.explicit import explicit
 from hyperpelt_ds.kernels.prefix_attention.flash import CPU, CUDA, Flash
 from hyperpelt_ds.kernels.prefix_attention.merged import merged
@@ -62,6 +62,7 @@ def prefix_attention(
     bias: Tensor | None,
     scale: float,
     dropout: float = 0.0,
+    once: Once | None = None,
 ) -> Tensor:
     """softmax(scale * q [P_k; K]^T + [offset; bias]) [P_v; V], every sample with the prefix rows of its condition.
 
@@ -70,6 +71,7 @@ def prefix_attention(
     prefix rows present, causality cannot be left to a flag. bias (B or 1, H or 1, T, T') is added to the scores of real
     keys; prefix columns get none but their offset and are never masked, except for samples whose row is -1 (paper
     section 4).
+    once: remembers what it made for the same tensors, so that calls with one bias share what is made of it.
     Returns (B, H, T, d). Raises KernelShapeError and KernelDtypeError for arguments that do not fit, naming them; of
     prefixes that come with their `spread`, prepared once for many calls, it takes the fit for granted.
     """
@@ -90,7 +92,7 @@ def prefix_attention(
     if flash is None or not _merging_pays(flash, query, key, prefixes):
         made = [prefix for prefix in prefixes if isinstance(prefix, SitePrefix)]
         if len(made) == len(prefixes):
-            return concatenated(query, key, value, made, bias, scale, dropout)
+            return concatenated(query, key, value, made, bias, scale, dropout, once)
     shape = query.shape
     if group > 1:  # queries that share a key are so many more queries of one head
         query = query.reshape(shape[0], key.shape[1], -1, shape[3])

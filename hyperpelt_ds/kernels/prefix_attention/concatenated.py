@@ -6,14 +6,17 @@ gradient, any device. Where a prefix comes as rows and a map, its keys and value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hyperpelt_ds.kernels.prefix_attention.records import SitePrefix, Spread, spread
+
+Once = Callable[..., Any]
+"""once(make, *given): make(*given), made anew only for other objects than before."""
 
 
 def concatenated(
@@ -24,10 +27,11 @@ def concatenated(
     bias: Tensor | None,
     scale: float,
     dropout: float,
+    once: Once | None = None,
 ) -> Tensor:
     """As `prefix_attention`, with `bias` (B or 1, H or 1, T, T') all that is added to the scores of real keys."""
     parts = [cast(SitePrefix, spread(prefix)) for prefix in prefixes]
-    added = _added(parts, bias, query, key.shape[2])
+    added = _added(parts, bias, query, key.shape[2], once)
     key, value = join(key, value, parts)
     return attention(query, key, value, added, dropout, scale)
 
@@ -66,20 +70,31 @@ def join(key: Tensor, value: Tensor, parts: Sequence[SitePrefix]) -> tuple[Tenso
     return torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
 
 
-def _added(parts: Sequence[SitePrefix], bias: Tensor | None, query: Tensor, length: int) -> Tensor | None:
+def _added(
+    parts: Sequence[SitePrefix], bias: Tensor | None, query: Tensor, length: int, once: Once | None
+) -> Tensor | None:
     """What is added to all scores (B or 1, H or 1, T, P + T'): nothing for a prefix column but its offset, and for
-    samples without that prefix what hides it."""
+    samples without that prefix what hides it. Where it is the same for many sites they share it."""
+    offsets = [part.offset for part in parts]
     if bias is None and all(part.offset is None and _missing(part) is None for part in parts):
         return None
+    facts = [fact for part in parts for fact in (part.keys.shape[1], _missing(part))]
+    if once is not None and bias is not None and not bias.requires_grad and not any(o is not None for o in offsets):
+        shared: Tensor = once(_beside, bias, *facts)
+        return shared
     if bias is None:
         bias = query.new_zeros((1, 1, query.shape[2], length))
+    return _beside(bias, *facts, offsets=offsets)
+
+
+def _beside(bias: Tensor, *facts: Any, offsets: Sequence[Tensor | None] | None = None) -> Tensor:
+    """bias with columns before it for prefixes: `facts` are the rows of each, and the samples without it or None."""
     columns = []
-    for part in parts:
-        added = bias.new_zeros(()) if part.offset is None else part.offset.to(bias.dtype)
-        missing = _missing(part)
+    for rows, missing, offset in zip(facts[::2], facts[1::2], offsets or [None] * len(facts[::2]), strict=True):
+        added = bias.new_zeros(()) if offset is None else offset.to(bias.dtype)
         if missing is not None:
             added = torch.where(missing.view(-1, 1, 1, 1), torch.finfo(bias.dtype).min, added)
-        columns.append(added.expand(max(added.shape[:1], default=1), *bias.shape[1:3], part.keys.shape[1]))
+        columns.append(added.expand(max(added.shape[:1], default=1), *bias.shape[1:3], rows))
     samples = max(len(column) for column in [*columns, bias])
     return torch.cat([column.expand(samples, -1, -1, -1) for column in [*columns, bias]], dim=-1)
 
