@@ -17,14 +17,13 @@ from transformers import AutoTokenizer
 from untrained import untrained_run
 
 from hyperpelt_ds import config as configuration
-from hyperpelt_ds import tasks
 from hyperpelt_ds.config import Config, TransferConfig
 from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data.loader import TrainStream
 from hyperpelt_ds.data.manifest import Manifest
 from hyperpelt_ds.export import export
-from hyperpelt_ds.model import beside, load, weights_file
-from hyperpelt_ds.train import deepspeed_json, loop, transfer
+from hyperpelt_ds.model import beside, build, load, weights_file
+from hyperpelt_ds.train import deepspeed_json, transfer
 
 OLD, NEW = ("movie_sentiment", "easy_vqa", "shape_caption"), "movie_rating"
 call, script = test_launch.call, test_launch.script
@@ -262,7 +261,8 @@ def test_a_transfer_whose_trained_tasks_were_chosen_is_resumed_by_the_same_comma
             transfer.requested(run, [NEW], like, train, tmp_path / "run", True)
 
 
-def test_a_run_on_a_users_own_task_is_transferred_to_other_data(config, runs, tmp_path):
+@pytest.mark.slow
+def test_a_run_on_a_users_own_task_is_transferred_to_other_data(runs, run_python, tmp_path):
     """Whose manifest knows nothing of the task."""
     base = tmp_path / "base"
     shutil.copytree(runs["base"], base)
@@ -271,21 +271,19 @@ def test_a_run_on_a_users_own_task_is_transferred_to_other_data(config, runs, tm
     identity = json.loads((base / "identity.json").read_text())
     identity["records"] = {"my_own_task": {"metrics": ["exact_match"]}}
     (base / "identity.json").write_text(json.dumps(identity))
-    started = transfer.from_run(base, [NEW], None, "all").override(["train.steps=1", "data.shots=6"])
-    try:
-        loop.train(started, "ds_configs/zero2_cpu.json", tmp_path / "run")
-    finally:
-        tasks.TASKS.pop("my_own_task", None)
+    given = ("--init_from", base, "--new_task", NEW, "--run_dir", tmp_path / "run", "train.steps=1", "data.shots=6")
+    done = run_python("python", "launch/train.py", "--ds_config", "ds_configs/zero2_cpu.json", *given)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert json.loads((tmp_path / "run" / "identity.json").read_text())["records"].keys() == {"my_own_task"}
 
 
-def test_names_that_say_where_a_new_task_starts_are_checked(runs, tmp_path):
-    model = load(runs["base"]).model
-    base = configuration.load(runs["base"] / "config.json")
-    for like in ({"typo": "easy_vqa"}, {NEW: "typo"}):
+def test_names_that_say_where_a_new_task_starts_are_checked(runs):
+    base = load(runs["base"])
+    for like, said in (({"typo": "easy_vqa"}, "'typo' is no new task"), ({NEW: "typo"}, "names tasks that")):
         started = transfer.from_run(runs["base"], [NEW], None, "all").override([f"transfer.like={json.dumps(like)}"])
-        with pytest.raises(ValueError, match=r"transfer.like: .* expected one of the new tasks"):
-            transfer.start(model, started, Manifest.load(base.data.manifest))
+        model = build(started, started.data.tasks)
+        with pytest.raises(ValueError, match=rf"transfer.like: .*{said}"):
+            transfer.start(model, started, Manifest.load(base.config.data.manifest))
 
 
 def test_cells_of_another_request_are_not_taken_for_this_ones(call, tmp_path):

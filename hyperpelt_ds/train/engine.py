@@ -241,7 +241,8 @@ def start(model: nn.Module, config: Config, ds_config_path: str | Path) -> Engin
     dist.agree(f"the DeepSpeed configuration {ds_config_path}", settings)
     dist.agree("the initial weights", _fingerprint(model))
     train = config.train
-    optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), lr=train.learning_rate)
+    decay = 0.0 if config.transfer.train == "embeddings" else train.weight_decay  # other tasks' rows would decay too
+    optimizer = torch.optim.AdamW(parameter_groups(model, decay), lr=train.learning_rate)
     # The schedule must be handed over here: one that the engine does not know is not saved with it.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(train))
     # Kept from the engine, which would write figures of its own and wait for the device in every micro-batch.
