@@ -226,8 +226,8 @@ class TrainConfig:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the rate falls from the end of the warm-up to 0 at the last step, if at all."""
     weight_decay: float = 0.0
-    """AdamW's, on the weights of linear maps alone: not on embeddings, biases, norms and learned factors. None where only
-    embeddings of tasks are trained."""
+    """AdamW's, on the weights of linear maps alone: not on embeddings, biases, norms and learned factors. None where
+    only embeddings of tasks are trained."""
     gradient_clipping: float = 1.0
     """Norm the gradient is clipped to; 0 does not clip."""
     label_smoothing: float = 0.0
