@@ -214,7 +214,7 @@ class TrainConfig:
     micro_batch: int = 16
     """Samples per forward pass on one rank, or its share of the global batch if that is less; accumulation follows from
     the two batches and the world size. It is the mean: a rank's samples are sorted by length, and up to twice as many
-    short ones go together to save padding."""
+    of like length go together to save padding; micro_tokens sets a limit."""
     micro_tokens: int = 0
     """About how many tokens a forward pass may have, padding included, as estimated from the bytes of the texts. A step
     then has as many micro-batches as that takes, the same number on every rank, whatever micro_batch says. 0: no limit,

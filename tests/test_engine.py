@@ -78,6 +78,15 @@ def test_the_same_fact_with_different_values_is_an_error_that_names_both(tmp_pat
     ({"comet": {"enabled": True}}, "section 'comet' is enabled and needs the package comet_ml: pip install comet_ml"),
     ({"csv_monitors": {"enabled": True}}, "unknown key 'csv_monitors'; did you mean csv_monitor"),
     ({"fp16": {"enabled": True}}, "fp16 needs ZeRO stage 1, 2 or 3"),
+    ({"bf16": {"enabled": True}}, "bf16 at ZeRO stage 0 cannot accumulate in fp32"),
+    (
+        {
+            "zero_optimization": {"stage": 2},
+            "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+            "communication_data_type": "bf16",
+        },
+        "communication_data_type does nothing beside torch_autocast",
+    ),
     ({"fp16": {"enabled": "auto"}}, 'fp16.enabled is "auto"'),
     ({"zero_optimization": 2}, "zero_optimization must be an object, got 2"),
     ("{not json", "not valid JSON"),

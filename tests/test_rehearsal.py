@@ -6,8 +6,10 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import free_port, overrides
 
+from hyperpelt_ds.data.batching import cut
 from hyperpelt_ds.train import fitting
 
 
@@ -19,6 +21,23 @@ def test_the_largest_micro_batch_is_a_divisor_on_the_line_through_the_last_two_t
 def test_one_trial_makes_a_line_with_what_was_held_before_and_a_peak_that_does_not_grow_is_no_falling_line():
     assert fitting.largest({2: 10}, 6, 14, 8) == 4
     assert fitting.largest({2: 12, 4: 10}, 6, 12, 8) == 8 and fitting.largest({2: 12, 4: 11}, 6, 10, 8) == 0
+
+
+def test_what_fits_is_what_a_step_may_put_together():
+    """As data/batching.cut does where a few short samples go alone."""
+    for share, samples in ((32, 16), (32, 4), (8, 8), (12, 3)):
+        costs = [(5, 2)] * (share // samples - 1) + [(128, 32)] * (share - share // samples + 1)
+        assert max(map(len, cut(costs, share // samples))) <= fitting.most(samples, share)
+    assert fitting.most(16, 32) == 31 and fitting.most(32, 32) == 32
+    assert fitting.largest({1: 10, 2: 20}, 0, 100, 32) == 8
+    assert fitting.largest({1: 10, 2: 20}, 0, 100, 32, fitting.most) == 4
+
+
+def test_a_first_trial_that_runs_out_of_memory_is_an_answer():
+    def attempt(samples: int) -> None:
+        raise torch.OutOfMemoryError
+
+    assert fitting.largest_micro_batch(attempt, 8, 4).largest == 0
 
 
 def test_trials_see_the_memory_that_they_take():

@@ -32,6 +32,7 @@ _SECTIONS = [
     "comms_logger",
     "flops_profiler",
     "wall_clock_breakdown",
+    "timers",
     "memory_breakdown",
     "steps_per_print",
     "dump_state",
@@ -47,10 +48,11 @@ _PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 PRECISION = ["bf16", "fp16", "torch_autocast", "data_types"]
 
 # For a JSON that does not mention them. DeepSpeed's own defaults are: accumulate in the model's type (bf16 loses small
-# gradients), and default process printing.
+# gradients), print, and wait for the device twice in every micro-batch to time it.
 _DEFAULTS: dict[str, Any] = {
     "data_types": {"grad_accum_dtype": "fp32"},
     "steps_per_print": 2**31,
+    "timers": {"throughput": {"enabled": False}},
 }
 
 
@@ -58,8 +60,8 @@ def merge(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON at `path` with every "auto" filled from the recipe.
 
     Raises ValueError for a missing or broken file, an unknown section, a section that the recipe owns, the same fact
-    given in both places with different values, full fine-tuning at ZeRO stage 3, fp16 at stage 0, offload to NVMe, and
-    a monitor without its package.
+    given in both places with different values, full fine-tuning at ZeRO stage 3, fp16 at stage 0, what DeepSpeed would
+    refuse late or leave undone, offload to NVMe, and a monitor without its package.
     """
     tree = _read(Path(path))
     train = config.train
@@ -101,6 +103,20 @@ def _faults(tree: dict[str, Any], config: Config) -> Iterator[str]:
         yield (
             "fp16 needs ZeRO stage 1, 2 or 3; at stage 0 DeepSpeed (0.19.8) keeps its loss scale in another place, "
             "which no checkpoint would hold"
+        )
+    if (
+        stage == 0
+        and "bf16" in halved
+        and tree.get("data_types", _DEFAULTS["data_types"]).get("grad_accum_dtype") == "fp32"
+    ):
+        yield (
+            "bf16 at ZeRO stage 0 cannot accumulate in fp32 (DeepSpeed 0.19.8); use torch_autocast, another stage, or "
+            "data_types.grad_accum_dtype 'bf16'"
+        )
+    if stage and autocast.get("enabled") and "communication_data_type" in tree:
+        yield (
+            "communication_data_type does nothing beside torch_autocast at ZeRO stage 1, 2 or 3, where DeepSpeed "
+            "(0.19.8) takes each weight's own type; torch_autocast.lower_precision_safe_modules says which are halved"
         )
     if config.model.train_backbone and stage == 3:
         yield (

@@ -54,6 +54,9 @@ def start_distributed() -> None:
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's name for it
     if dist.has_gpu():
         torch.cuda.set_device(dist.device())
+    elif Path("/dev/nvidia0").exists():
+        why = "DS_ACCELERATOR=cpu says so" if os.environ.get("DS_ACCELERATOR") == "cpu" else "torch sees none of them"
+        log.warning("this machine has GPUs and they are not used: %s", why)
     deepspeed = _deepspeed()
     _drop_old_locks()
     with contextlib.redirect_stdout(io.StringIO()):  # seen in 0.19.8: it prints on every rank that its op was built

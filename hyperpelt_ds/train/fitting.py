@@ -31,8 +31,16 @@ class Fit:
     budget: int
 
 
-def largest_micro_batch(attempt: Callable[[int], None], share: int, first: int) -> Fit:
-    """The largest divisor of `share` samples, a rank's part of the global batch, whose peak stays in the budget.
+def most(samples: int, share: int) -> int:
+    """How many samples data/batching.cut may put together where a micro-batch has so many in the mean."""
+    return samples if samples == share else min(2 * samples, share - share // samples + 1)
+
+
+def largest_micro_batch(
+    attempt: Callable[[int], None], share: int, first: int, worst: Callable[[int, int], int] = lambda n, share: n
+) -> Fit:
+    """The largest divisor n of `share` samples, a rank's part of the global batch, for which the peak of
+    worst(n, share) samples stays in the budget.
 
     attempt(n) goes forward and backward over n samples. On a GPU sizes double up to `share`; on a CPU, where a trial
     takes long, there are two, `first` and its double or half. Every rank calls it and gets the same.
@@ -45,17 +53,27 @@ def largest_micro_batch(attempt: Callable[[int], None], share: int, first: int) 
         if peaks and _line(peaks, base, size) > budget:
             break
         _start()
-        attempt(size)
+        full = False
+        try:
+            attempt(size)
+        except torch.OutOfMemoryError:  # what a first trial may meet
+            full = True
+        if any(dist.gather(full)):
+            break
         peaks[size] = max(dist.gather(_peak()))
-    return Fit(largest(peaks, base, budget, share), peaks, budget)
+    return Fit(largest(peaks, base, budget, share, worst) if peaks else 0, peaks, budget)
 
 
-def largest(peaks: dict[int, int], base: int, budget: int, share: int) -> int:
+def largest(
+    peaks: dict[int, int], base: int, budget: int, share: int, worst: Callable[[int, int], int] = lambda n, share: n
+) -> int:
     """The largest divisor of `share` that fits the budget on the line through the trials; 0 for none.
 
     `base` is what was held before the first of them.
     """
-    return max((n for n in range(1, share + 1) if share % n == 0 and _line(peaks, base, n) <= budget), default=0)
+    return max(
+        (n for n in range(1, share + 1) if share % n == 0 and _line(peaks, base, worst(n, share)) <= budget), default=0
+    )
 
 
 def _doubling(share: int) -> list[int]:

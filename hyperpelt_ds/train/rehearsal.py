@@ -5,17 +5,19 @@ Nothing is written. It must not know DeepSpeed, how memory is measured, or what 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from hyperpelt_ds import dist, tasks
 from hyperpelt_ds.config import Config
@@ -49,8 +51,11 @@ def rehearse(config: Config, ds_config: str | Path, run_dir: str | Path, resume:
         ready = loop.prepare(config, Path(ds_config), folder)
         stream, window = loop.stream(ready, None), Window(ready.config.data.tasks, dist.device())
         ready.model.train()
-        with closing(iter(stream)) as batches:
-            taken = [_step(ready, window, batches) for _ in range(STEPS)]
+        taken: list[Taken] = []
+        with closing(iter(stream)) as batches, contextlib.suppress(torch.OutOfMemoryError):  # what fits is found below
+            taken += [_step(ready, window, batches) for _ in range(STEPS)]
+        if not all(dist.gather(bool(taken))):
+            taken = []
         truncated = sum(dist.gather(stream.truncated))
         screen = _screen(ready, ds_config, taken, truncated, _fit(ready))
     return "".join(f"{line}\n" for line in screen) if dist.rank() == 0 else ""
@@ -76,7 +81,12 @@ def _fit(ready: Ready) -> Fit:
         engine.backward(engine.forward(batch, last=False).loss)
 
     share = _share(config)
-    return fitting.largest_micro_batch(attempt, share, share // engine.accumulation)
+    return fitting.largest_micro_batch(attempt, share, share // engine.accumulation, _worst(config))
+
+
+def _worst(config: Config) -> Callable[[int, int], int]:
+    """The most samples of a micro-batch: with train.micro_tokens no more than its budget says."""
+    return (lambda samples, share: samples) if config.train.micro_tokens else fitting.most
 
 
 def _share(config: Config) -> int:
@@ -111,6 +121,15 @@ def _screen(ready: Ready, ds_config: str | Path, taken: Sequence[Taken], truncat
     cut = f"{truncated} of {STEPS * train.global_batch} sources cut at data.max_source_length {data.max_source_length}"
     share = counts["trainable"] / counts["total"]
     losses = ", ".join(f"{_loss(step)} in {step.seconds:.1f} s" for step in taken)
+    steps_taken = (
+        [
+            f"{STEPS} steps      loss {losses}; {train.steps:,} like the last would take "
+            f"{_span(taken[-1].seconds * train.steps)}",
+            f"memory       {taken[-1].values['perf/memory_gib']:.2f} GiB at most in a process, in these steps",
+        ]
+        if taken
+        else [f"{STEPS} steps      not taken: train.micro_batch {train.micro_batch} would not fit"]
+    )
     return [
         "dry run: nothing was written",
         f"data         {data.manifest}",
@@ -120,9 +139,7 @@ def _screen(ready: Ready, ds_config: str | Path, taken: Sequence[Taken], truncat
         f"DeepSpeed    {ds_config}: ZeRO {engine.stage}, {engine.computes_in}, {dist.world_size()} x "
         f"{dist.device().type}, {engine.accumulation} micro-batches of {_share(config) // engine.accumulation} a step "
         "on each",
-        f"{STEPS} steps      loss {losses}; {train.steps:,} like the last would take "
-        f"{_span(taken[-1].seconds * train.steps)}",
-        f"memory       {taken[-1].values['perf/memory_gib']:.2f} GiB at most in a process, in these steps",
+        *steps_taken,
         *_advice(config, fit),
         _next(config, fit),
     ]
@@ -141,6 +158,9 @@ def _advice(config: Config, fit: Fit) -> list[str]:
     """The largest micro-batch, and how it was found."""
     lengths = f"of the longest length, {config.data.max_source_length} + {config.data.max_target_length} tokens,"
     fits = f"{fit.largest} samples {lengths} fit" if fit.largest else f"not even 1 sample {lengths} fits"
+    worst = _worst(config)(fit.largest, _share(config)) if fit.largest else 0
+    if worst > fit.largest:
+        fits += f" (in a step with few short texts {worst} of them may come together)"
     tried = ", ".join(f"{size} took {peak / 2**30:.2f} GiB" for size, peak in fit.peaks.items())
     line = "" if fit.largest in fit.peaks else ", and a straight line through them"
     room = f"{fit.budget / 2**30:.2f} GiB, which leaves {fitting.MARGIN:.0%} of the memory alone"
