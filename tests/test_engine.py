@@ -262,3 +262,35 @@ def test_full_fine_tuning_is_refused_at_stage_3_where_ranks_would_wait_for_each_
 )
 def test_float16_is_seen_wherever_the_json_asks_for_it(settings, expected):
     assert deepspeed_json.computes_in_float16(settings) is expected
+
+
+WAITS = """
+import sys, torch
+from torch import nn
+from deepspeed.accelerator import get_accelerator
+from hyperpelt_ds import dist
+from hyperpelt_ds.config import Config
+from hyperpelt_ds.train import engine
+
+config = Config().override(["train.global_batch=4", "train.micro_batch=1", "train.warmup_steps=0"])
+engine.start_distributed()
+wrapped = engine.start(nn.Linear(4, 2), config, sys.argv[1])
+accelerator, waits = get_accelerator(), []
+accelerator.synchronize = lambda *_: waits.append(1)
+for step in range(4):
+    for number in range(4):
+        wrapped.backward(wrapped.forward(torch.ones(1, 4), last=number == 3).sum())
+    wrapped.step()
+print("waits", len(waits))
+dist.leave()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_no_step_waits_for_the_device_to_be_timed(tmp_path, run_python, stage):
+    """DeepSpeed's own default does, twice in every micro-batch after the second step (seen in 0.19.8)."""
+    (tmp_path / "script.py").write_text(WAITS)
+    settings = {"gradient_clipping": "auto", "zero_optimization": {"stage": stage}}
+    done = run_python("python", tmp_path / "script.py", write(tmp_path, settings))
+    assert done.returncode == 0 and "waits 0" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
