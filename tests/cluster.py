@@ -36,7 +36,7 @@ _PROGRAMS = {
 }
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _UNSHARE = ("unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc")
-_OURS = ("bash -c", "sshd:", "/usr/sbin/sshd", "ps -e")
+_OURS = ("bash -c", "sshd:", "sshd-session:", "/usr/sbin/sshd", "ps -e")
 _START_SECONDS = 30
 
 # Binds hide the machine's own files inside the cluster only. root may be locked ("!"), which sshd would refuse.

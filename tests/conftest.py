@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; must be set before torch is imported
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,12 @@ from hyperpelt_ds.contracts import Sample
 from hyperpelt_ds.data import shards
 from hyperpelt_ds.data.manifest import FeatureSet, write_manifest
 from hyperpelt_ds.vision import EfficientNetLite0
+
+# The same examples in every run: a test fails for what was changed. HYPOTHESIS=explore looks for others.
+if os.environ.get("HYPOTHESIS") != "explore":
+    hypothesis.settings.register_profile("repeatable", derandomize=True)
+    hypothesis.settings.load_profile("repeatable")
+
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent

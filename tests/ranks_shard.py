@@ -87,7 +87,7 @@ def gathered_bytes() -> Iterator[tuple[list[int], list[int]]]:
     real, alive, totals, each = torch_dist.all_gather_into_tensor, [], [], []
 
     def watched(output: torch.Tensor, shard: torch.Tensor) -> object:
-        for _ in range(200):  # gloo's own thread lets go a moment after the ranks go on
+        for _ in range(5000):  # gloo's own thread lets go a moment after the ranks go on
             alive[:] = [(ref, size) for ref, size in alive if not ref.expired()]
             if not alive:
                 break

@@ -338,12 +338,29 @@ def test_of_two_supervisors_of_one_run_the_second_takes_it_over_and_the_first_le
     assert len(starts(tmp_path)) == 2 and (run / "LATEST").read_text() == "step_00000060\n"
 
 
+def test_what_runs_after_another_start_took_over_is_let_alone(supervise, tmp_path):
+    """The supervisor of the first may be late to see that it has ended."""
+    assert supervise("""
+        import json
+        taker = subprocess.Popen(["setsid", "sleep", "1000"])
+        time.sleep(0.5)
+        record = {"host": os.uname().nodename, "pid": taker.pid, "start": supervision.began(taker.pid)}
+        (folder / "processes" / "rank_0.json").write_text(json.dumps(record))
+        outcome.write_small(folder / "TAKEN.json", {"start": "another"})
+        (folder / "taker").write_text(str(taker.pid))
+        taker.returncode = 0
+        end("preempted", 75)
+    """) == 75  # fmt: skip
+    taker = int((tmp_path / "run" / "taker").read_text())
+    assert alive(taker) and len(starts(tmp_path)) == 1
+    os.kill(taker, signal.SIGKILL)
+
+
 def test_what_a_start_that_is_taken_over_says_is_not_the_new_ones_word(supervise, tmp_path):
     """The first is slow to say how it ended, and the second must not be ended for that."""
     assert supervise("""
-        outcome.write_status(folder, "preempted", 3, 75)  # this start's, which an earlier one overwrites
-        status = folder / "STATUS.json"
-        status.write_text(status.read_text().replace(outcome.start_name(), "an earlier start"))
+        earlier = {"state": "preempted", "step": 3, "code": 75, "start": "an earlier start"}
+        outcome.write_small(folder / "STATUS.json", earlier)
         time.sleep(4)  # longer than the grace
         end("finished", 0)
     """) == 0  # fmt: skip

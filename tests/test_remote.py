@@ -487,7 +487,7 @@ def test_reading_from_the_cache_keeps_neither_memory_nor_files(root, cache):
     for i in range(50_000):
         folder.part(shards[i * 7919 % len(shards)], i % 10_000, 1000)
     assert len(os.listdir("/proc/self/fd")) <= before[0]
-    assert _resident() - before[1] < 2 * MIB
+    assert _resident() - before[1] < 8 * MIB  # 1,000 bytes kept of each would be 50
 
 
 def _resident() -> int:

@@ -59,13 +59,14 @@ def alone(config: Config, run_python: Callable[..., Any], tmp_path_factory: pyte
     save(config, folder / "tiny.json")
     save(config.override(impatient), folder / "impatient.json")
     (folder / "train.py").write_text(
-        "from hyperpelt_ds import config\n"
+        "from hyperpelt_ds import config, dist\n"
         "from hyperpelt_ds.train import loop\n"
         "for name in ('tiny', 'impatient'):\n"
         f"    folder = {str(folder)!r}\n"
         "    settings = config.load(f'{folder}/{name}.json')\n"
         "    model = loop.train(settings, 'ds_configs/zero2_cpu.json', f'{folder}/{name}')\n"
         "    print('fingerprint', model.backbone.fingerprint())\n"
+        "dist.leave()\n"
     )
     done = run_python("python", folder / "train.py")
     assert done.returncode == 0, done.stderr[-4000:]

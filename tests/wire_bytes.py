@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def run(job: dict[str, Any], settings: Path) -> dict[str, Any]:
     wrapped, control, batch = engine.start(model, chosen, settings), Control(), tiny_batch(frozen.model)
     for _ in range(WARM_UP):
         step(wrapped, control, batch, micro_batches)
+    dist.barrier()
+    time.sleep(0.5)  # gloo's own thread lets go a moment after the ranks go on
     stays = held(frozen) - others
     before = crossed()
     for _ in range(job["steps"]):

@@ -18,6 +18,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
@@ -145,11 +146,14 @@ def _end(workers: list[BaseProcess], parent: int) -> None:
     """At the end of the iterator, or else of the process, which would wait for workers that heed no SIGTERM."""
     left = [worker for worker in workers if worker.is_alive()] if os.getpid() == parent else []
     if left:
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker dies
+        # torch's handler raises when a worker dies; only the main thread may set one, and meets it
+        mine = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if mine else None
         for worker in left:
             worker.kill()
             worker.join()
-        signal.signal(signal.SIGCHLD, before)
+        if mine:
+            signal.signal(signal.SIGCHLD, before)
 
 
 class _Mail:

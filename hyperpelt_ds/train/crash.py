@@ -7,10 +7,13 @@ library that cannot be loaded is such an error. It must not know what a run is.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -34,8 +37,24 @@ def speak_once(folder: Path) -> None:
     A process that is alone keeps Python's own way.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        rank, began = int(os.environ["RANK"]), _first_began()
-        sys.excepthook = lambda kind, error, trace: _report(folder, rank, began, error, trace)
+        rank, began, failed = int(os.environ["RANK"]), _first_began(), threading.Event()
+
+        def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            if not isinstance(error, KeyboardInterrupt):
+                failed.set()
+            _report(folder, rank, began, error, trace)
+
+        atexit.register(_leave, failed)  # registered first, it is called last
+        sys.excepthook = report
+
+
+def _leave(failed: threading.Event) -> None:
+    """Past the interpreter's own end, where a thread of gloo may abort a rank (see dist.leave): code 1 is to stay."""
+    if failed.is_set():
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(1)
 
 
 def left(file: Path) -> bool:

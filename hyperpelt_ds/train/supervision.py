@@ -181,7 +181,11 @@ class Supervisor:
 
     def _clear(self, child: subprocess.Popen[bytes]) -> None:
         """Ends what is left of a cycle on this machine, having asked it to stop if its launcher is gone: it may still
-        train. The child is not yet reaped, so that its group is still its."""
+        train. The child is not yet reaped, so that its group is still its. A start that took the run over has ended it
+        already, and what is running now is that one's."""
+        if self._is_taken():
+            os.killpg(child.pid, signal.SIGKILL)
+            return
         if _ended(child):
             for process in running_here(self.run_dir):
                 self.say(f"asking process {process} to stop, which its launcher left")
