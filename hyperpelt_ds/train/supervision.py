@@ -155,7 +155,8 @@ class Supervisor:
             raise
         finally:
             self._clear(child)
-            (self.run_dir / outcome.START).unlink(missing_ok=True)
+            if (outcome.read_small(self.run_dir / outcome.START) or {}).get("start") == self._start:
+                (self.run_dir / outcome.START).unlink(missing_ok=True)
         return self._code(child.wait())
 
     def _watch(self, child: subprocess.Popen[bytes]) -> None:
