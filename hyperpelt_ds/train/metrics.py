@@ -201,9 +201,8 @@ class Writer:
             board = self._folder / TENSORBOARD
             (board / PROJECTOR).mkdir(exist_ok=True)
             (board / PROJECTOR / f"{name}.tsv").write_text(_tsv(points.tolist()))
-            header = (
-                [columns] if len(columns) > 1 else []
-            )  # the projector takes a single column's first line for a label
+            # the projector takes a single column's first line for a label
+            header = [columns] if len(columns) > 1 else []
             (board / PROJECTOR / f"{name}_labels.tsv").write_text(_tsv([*header, *labels]))
             names = sorted(path.stem for path in (board / PROJECTOR).glob("*.tsv") if not path.stem.endswith("_labels"))
             (board / "projector_config.pbtxt").write_text("".join(_PROJECTED.format(name=name) for name in names))
